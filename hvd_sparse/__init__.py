@@ -1,0 +1,57 @@
+"""Sparsified gradient exchange for Horovod and MPI: TopK SGD with error feedback.
+
+The map of the package:
+
+| where | what |
+|---|---|
+| `hvd_sparse.core.path` | START HERE: the six stages a gradient passes |
+| `hvd_sparse.core` | memory, sparsifiers, payload, routing, traffic |
+| `hvd_sparse.kernels` | the hot loops: numpy oracle, Numba, accelerator |
+| `hvd_sparse.mpi` | numpy arrays over plain MPI: SparseAllreduce |
+| `hvd_sparse.torch` | PyTorch: DistributedOptimizer over plain MPI |
+
+Importing this package imports no framework and no MPI.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from hvd_sparse.core.contracts import (
+    Average,
+    ExchangeError,
+    Op,
+    PayloadError,
+    Selection,
+    Sparsifier,
+    Sum,
+)
+from hvd_sparse.core.routing import Never, WhenCheaper
+from hvd_sparse.core.sparsifiers import RandomK, Threshold, TopK
+from hvd_sparse.core.state import checkpoint_path
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Average",
+    "ExchangeError",
+    "Never",
+    "Op",
+    "PayloadError",
+    "RandomK",
+    "Selection",
+    "Sparsifier",
+    "Sum",
+    "Threshold",
+    "TopK",
+    "WhenCheaper",
+    "checkpoint_path",
+]
+
+_DOORS = ("mpi", "torch")
+
+
+def __getattr__(name: str) -> Any:
+    """`hvd_sparse.mpi` and `hvd_sparse.torch` are imported when they are named."""
+    if name in _DOORS:
+        return import_module(f"hvd_sparse.{name}")
+    raise AttributeError(f"module 'hvd_sparse' has no attribute {name!r}")

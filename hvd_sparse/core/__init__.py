@@ -1,0 +1,1 @@
+"""The path of a gradient; imports no framework. Start at `path`."""

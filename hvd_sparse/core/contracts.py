@@ -1,0 +1,147 @@
+"""What the parts of the path promise each other.
+
+A gradient meets them in this order: `Memory` keeps what earlier steps did not send,
+`Sparsifier` chooses, `Exchange` carries bytes it does not understand. `Kernels` do the
+work on arrays. `Array` is whatever the door's framework uses, flattened: a numpy array
+in host memory, or a torch tensor on an accelerator.
+"""
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple, Protocol
+
+Array = Any  # the one honest hole: numpy.ndarray or torch.Tensor
+
+
+class Op(IntEnum):
+    """What an exchange computes over the ranks; the numbers are Horovod's own."""
+
+    Average = 0
+    Sum = 1
+
+
+Average = Op.Average
+Sum = Op.Sum
+
+
+class ExchangeError(RuntimeError):
+    """A peer did something wrong, or nothing; names tensor, rank, expected, found."""
+
+
+class PayloadError(ExchangeError):
+    """Bytes that arrived are not the payload that was agreed on."""
+
+
+class Selection(NamedTuple):
+    """What a sparsifier chose to send of one gradient.
+
+    Attributes:
+        indices: (k,) int32, ascending, into the flattened gradient.
+        values: (k,) float32, or float64 for a float64 gradient.
+        nonfinite: elements whose sum was not finite; they kept their residual.
+    """
+
+    indices: Array
+    values: Array
+    nonfinite: int
+
+
+class Sparsifier(Protocol):
+    """Chooses which elements of residual + gradient are worth sending.
+
+    This is all a custom sparsifier implements. If it also has a `density` in (0, 1], k
+    is that share of n, fixed and the same on every rank; otherwise k is the most it may
+    select, and what it did select travels in the header.
+    """
+
+    def select(self, residual: Array, gradient: Array, k: int, step: int) -> Selection:
+        """Overwrites residual with residual + gradient, selected entries 0.
+
+        Args:
+            residual: (n,) float32 or float64.
+            gradient: (n,) floating, read only.
+            k: how many elements to select.
+            step: completed exchanges of this tensor, the same on every rank.
+        """
+        ...
+
+
+class Memory(Protocol):
+    """Keeps, per tensor, what was not sent."""
+
+    residuals: dict[str, Array]
+
+    def residual(self, name: str, gradient: Array) -> Array:
+        """The (n,) residual of this tensor, zeros at first; selectors write into it."""
+        ...
+
+    def keep(self, name: str, indices: Array, rest: Array) -> None:
+        """Add to the residual what rounding took from the values sent."""
+        ...
+
+    def restore(self, name: str, indices: Array, sent: Array) -> None:
+        """Put back what was sent in vain."""
+        ...
+
+
+class Exchange(Protocol):
+    """Gives every rank the bytes of every rank."""
+
+    rank: int
+    size: int
+
+    def start(self, name: str, payload: Array) -> Any:
+        """Begin to gather one payload a rank; returns a handle."""
+        ...
+
+    def finish(self, handle: Any) -> Sequence[Array]:
+        """The payloads of all ranks, rank 0 first."""
+        ...
+
+    def start_dense(self, name: str, gradient: Array) -> Any:
+        """Begin the library's own dense allreduce (sum)."""
+        ...
+
+    def finish_dense(self, handle: Any) -> tuple[Array, int]:
+        """The (n,) sum over ranks, and the bytes this rank handed to the collective."""
+        ...
+
+
+class Kernels(Protocol):
+    """The hot loops for one kind of array; see `hvd_sparse.kernels.host`."""
+
+    def zeros_like(self, gradient: Array) -> Array:
+        """A residual for this gradient, zeros."""
+        ...
+
+    def select_top(
+        self, residual: Array, gradient: Array, k: int
+    ) -> tuple[Array, Array, int]:
+        """Accumulate and take the k largest: indices, values, nonfinite."""
+        ...
+
+    def select_above(
+        self, residual: Array, gradient: Array, bound: float, limit: int
+    ) -> tuple[Array, Array, int]:
+        """The same for entries that reach a bound, the limit largest."""
+        ...
+
+    def select_at(
+        self, residual: Array, gradient: Array, indices: Array
+    ) -> tuple[Array, Array, int]:
+        """The same for entries at given indices."""
+        ...
+
+    def add_at(self, residual: Array, indices: Array, values: Array) -> None:
+        """Overwrites residual[indices] with residual[indices] + values."""
+        ...
+
+    def aggregate(
+        self, out: Array, payloads: list[tuple[Array, Array]], scale: float
+    ) -> None:
+        """Overwrites out with the scaled sum of payloads, rank by rank."""
+        ...
+
+    def random_indices(self, n: int, k: int, seed: int) -> Array:
+        """k distinct ascending indices of range(n) from a seed."""
+        ...

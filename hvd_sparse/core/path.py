@@ -1,0 +1,398 @@
+r"""The path of a gradient. Start here.
+
+    accumulate -> select -> encode -> exchange -> aggregate -> hand back
+    \__________ send __________/                \_______ receive ______/
+
+`send` runs the first three stages and starts the exchange; `receive` finishes it and
+runs the rest. The path knows no framework and no network: arrays are handled by
+`hvd_sparse.kernels`, bytes are carried by the `Exchange` it was given.
+
+One path serves one group of ranks and keeps, per tensor, what was not sent. Facts that
+ranks must share (route, k, step, names) come from what all of them know; a peer that
+disagrees becomes a `PayloadError` before its data is used.
+"""
+
+from dataclasses import dataclass, is_dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from hvd_sparse.core.contracts import (
+    Array,
+    Average,
+    Exchange,
+    Memory,
+    Op,
+    PayloadError,
+    Selection,
+    Sparsifier,
+)
+from hvd_sparse.core.memory import ErrorFeedback
+from hvd_sparse.core.payload import (
+    DTYPES,
+    INDEXED,
+    VALUES_ONLY,
+    Header,
+    decode,
+    encode,
+)
+from hvd_sparse.core.routing import Dense, WhenCheaper
+from hvd_sparse.core.sparsifiers import elements
+from hvd_sparse.core.traffic import Traffic
+from hvd_sparse.kernels import kernels_for
+
+STATE_FORMAT = 1
+MOST_ELEMENTS = 2**31 - 1
+
+
+@dataclass
+class Tensor:
+    """What the path knows about one tensor; all but step is fixed at first use.
+
+    Attributes:
+        sparsifier: the path's, seeded for this tensor where that matters.
+        header: what travels with each payload; k is the most where `varies`.
+        varies: the sparsifier chooses k from local data.
+        dense: this tensor takes the library's own allreduce.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    array_dtype: Any
+    itemsize: int
+    sparsifier: Sparsifier
+    header: Header
+    varies: bool
+    dense: bool
+
+    @property
+    def route(self) -> str:
+        """Dense or sparse, as a word."""
+        return "dense" if self.dense else "sparse"
+
+
+@dataclass(frozen=True)
+class Flight:
+    """One gradient between send and receive."""
+
+    tensor: Tensor
+    selection: Selection | None  # None: went dense
+    handle: Any
+
+
+class GradientPath:
+    """Nothing is lost, replicas agree bitwise (laws 1 and 2 of the design)."""
+
+    def __init__(
+        self,
+        sparsifier: Sparsifier,
+        exchange: Exchange,
+        *,
+        op: int = Average,
+        dense: Dense | None = None,
+        memory: Memory | None = None,
+    ) -> None:
+        """Join the parts.
+
+        Args:
+            sparsifier: what is worth sending: TopK, RandomK, Threshold or your own.
+            exchange: who carries the bytes.
+            op: Average over the ranks, or Sum.
+            dense: which tensors go dense; WhenCheaper() unless given.
+            memory: what keeps the rest; ErrorFeedback() unless given.
+
+        Raises:
+            TypeError: sparsifier has no select method.
+            ValueError: op is neither Average nor Sum.
+        """
+        if isinstance(sparsifier, type) or not hasattr(sparsifier, "select"):
+            raise TypeError(
+                "sparsifier must have a select method, such as TopK(density=0.001), "
+                f"got {sparsifier!r}"
+            )
+        if op not in (Op.Average, Op.Sum):
+            raise ValueError(f"op must be Average or Sum, got {op!r}")
+        self.sparsifier = sparsifier
+        self.exchange = exchange
+        self.op = Op(op)
+        self.dense = dense if dense is not None else WhenCheaper()
+        self.memory = memory if memory is not None else ErrorFeedback()
+        self.traffic = Traffic()
+        self.tensors: dict[str, Tensor] = {}
+        self._loaded: dict[str, dict[str, Any]] = {}
+
+    # ------------------------------------------------------------------- the path
+
+    def send(self, name: str, gradient: Array) -> Flight:
+        """Accumulate, select, encode, and start the exchange.
+
+        Args:
+            name: the tensor's, the same on every rank and in every step.
+            gradient: any shape; float16, bfloat16, float32 or float64; read only.
+
+        Raises:
+            TypeError: the gradient is not floating.
+            ValueError: its shape or dtype changed, or it is too large.
+        """
+        tensor = self._admit(name, gradient)
+        if tensor.dense:
+            handle = self.exchange.start_dense(name, _flat(gradient))
+            return Flight(tensor, None, handle)
+        # accumulate and select in one pass: the residual takes the gradient and keeps
+        # what is not selected
+        residual = self.memory.residual(name, gradient)
+        header = tensor.header
+        selection = tensor.sparsifier.select(
+            residual, _flat(gradient), header.k, header.step
+        )
+        payload, sent = encode(selection, header)
+        if sent is not selection.values:  # rounded on the wire: the rest is not lost
+            self.memory.keep(name, selection.indices, selection.values - sent)
+        return Flight(
+            tensor,
+            Selection(selection.indices, sent, selection.nonfinite),
+            self.exchange.start(name, payload),
+        )
+
+    def receive(self, flight: Flight, out: Array) -> Array:
+        """Finish the exchange, aggregate, and hand back.
+
+        Args:
+            flight: what send returned.
+            out: contiguous, of the gradient's shape and dtype; overwritten.
+
+        Returns:
+            out: the average or sum over ranks, the same bits on every rank; NaN
+            throughout if any rank met an element that was not finite.
+
+        Raises:
+            PayloadError: a peer disagrees; names tensor, rank, expected and found.
+        """
+        tensor, selection = flight.tensor, flight.selection
+        if selection is None:
+            self._hand_back_dense(flight, out)
+        else:
+            payloads = self._decode(flight)
+            if any(payload.nonfinite for payload in payloads):
+                # nobody applies anything, so everybody keeps what they sent
+                self.memory.restore(tensor.name, selection.indices, selection.values)
+                out[...] = float("nan")
+            else:
+                self._aggregate(tensor, payloads, out)
+        tensor.header = tensor.header._replace(step=tensor.header.step + 1)
+        return out
+
+    def recall(self, flight: Flight) -> None:
+        """Put back what was sent when its exchange failed: nothing is lost."""
+        if flight.selection is not None:
+            indices, values, _ = flight.selection
+            self.memory.restore(flight.tensor.name, indices, values)
+
+    # ------------------------------------------------------------ stages, in detail
+
+    def _decode(self, flight: Flight) -> list[Selection]:
+        tensor, selection = flight.tensor, flight.selection
+        assert selection is not None
+        payloads = []
+        received = self.exchange.finish(flight.handle)
+        for rank, buffer in enumerate(received):
+            try:
+                payload = decode(buffer, tensor.header, varies=tensor.varies)
+            except PayloadError as error:
+                raise PayloadError(f"{tensor.name}: rank {rank}: {error}") from None
+            if tensor.header.layout == VALUES_ONLY:
+                payload = payload._replace(indices=selection.indices)
+            payloads.append(payload)
+        traffic = self.traffic.tensor(tensor.name, tensor.route)
+        own = received[self.exchange.rank].size
+        traffic.sent_bytes += own
+        traffic.sent_elements += payloads[self.exchange.rank].values.shape[0]
+        traffic.received_bytes += sum(buffer.size for buffer in received) - own
+        traffic.dense_bytes += tensor.header.n * tensor.itemsize
+        return payloads
+
+    def _aggregate(self, tensor: Tensor, payloads: list[Selection], out: Array) -> None:
+        entries = [(payload.indices, payload.values) for payload in payloads]
+        try:
+            kernels_for(out).aggregate(out.reshape(-1), entries, self._scale)
+        except ValueError as error:
+            raise PayloadError(f"{tensor.name}: {error}") from None
+
+    def _hand_back_dense(self, flight: Flight, out: Array) -> None:
+        """The library's own sum; averaged as the sparse one is."""
+        tensor = flight.tensor
+        total, wire_bytes = self.exchange.finish_dense(flight.handle)
+        with np.errstate(over="ignore", invalid="ignore"):
+            scaled = total * total.dtype.type(self._scale)
+            if isinstance(out, np.ndarray):
+                out.reshape(-1)[...] = scaled
+            else:
+                out.reshape(-1).copy_(out.new_tensor(scaled, dtype=None))
+        traffic = self.traffic.tensor(tensor.name, tensor.route)
+        traffic.sent_bytes += wire_bytes
+        traffic.sent_elements += tensor.header.n
+        traffic.received_bytes += wire_bytes
+        traffic.dense_bytes += tensor.header.n * tensor.itemsize
+
+    @property
+    def _scale(self) -> float:
+        return 1.0 if self.op is Op.Sum else 1.0 / self.exchange.size
+
+    # --------------------------------------------------- what ranks decide alike
+
+    def _admit(self, name: str, gradient: Array) -> Tensor:
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            tensor = self.tensors[name] = self._first_use(name, gradient)
+        elif gradient.shape != tensor.shape or gradient.dtype != tensor.array_dtype:
+            raise ValueError(
+                f"{name}: gradient has shape {tuple(gradient.shape)} and dtype "
+                f"{_dtype(gradient)}, expected {tensor.shape} and {tensor.dtype} "
+                "as in earlier steps"
+            )
+        return tensor
+
+    def _first_use(self, name: str, gradient: Array) -> Tensor:
+        shape, dtype = tuple(gradient.shape), _dtype(gradient)
+        n = int(np.prod(shape, dtype=np.int64))
+        if dtype not in DTYPES:
+            raise TypeError(
+                f"{name}: gradient must be one of {', '.join(DTYPES)}, got {dtype}"
+            )
+        if n > MOST_ELEMENTS:
+            raise ValueError(
+                f"{name}: gradient must have at most 2**31 - 1 elements (indices are "
+                f"int32), got {n}; split it"
+            )
+        step = self._restore_loaded(name, shape, dtype)
+        sparsifier = self.sparsifier
+        if hasattr(sparsifier, "for_tensor"):
+            sparsifier = sparsifier.for_tensor(name)
+        shared = getattr(sparsifier, "shared_indices", False)
+        layout = VALUES_ONLY if shared else INDEXED
+        itemsize = gradient.dtype.itemsize
+        limit = self.dense.limit(n, dtype, itemsize, layout, self.exchange.size)
+        density = getattr(sparsifier, "density", None)
+        k = limit if density is None else elements(density, n)
+        least = min(1, n) if density is None else k
+        facts = (name, shape, dtype, k, layout, self.configuration)
+        header = Header(layout, dtype, n, k, step, _digest(facts))
+        return Tensor(
+            name,
+            shape,
+            dtype,
+            gradient.dtype,
+            itemsize,
+            sparsifier,
+            header,
+            varies=density is None,
+            dense=limit < least,
+        )
+
+    @property
+    def configuration(self) -> str:
+        """What the user chose, as text: equal on every rank, or an error."""
+        sparsifier = self.sparsifier
+        chosen = (
+            repr(sparsifier) if is_dataclass(sparsifier) else type(sparsifier).__name__
+        )
+        return f"{chosen}, op={self.op.name}, dense={self.dense!r}"
+
+    # ------------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a restart needs, as copies; it belongs to this rank."""
+        residuals = self.memory.residuals
+        return {
+            "format": STATE_FORMAT,
+            "rank": self.exchange.rank,
+            "size": self.exchange.size,
+            "configuration": self.configuration,
+            "step": self.traffic.steps,
+            "tensors": {
+                name: {
+                    "shape": tensor.shape,
+                    "dtype": tensor.dtype,
+                    "step": tensor.header.step,
+                    "residual": _copy(residuals.get(name), tensor.shape),
+                }
+                for name, tensor in self.tensors.items()
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where state_dict was called, bitwise.
+
+        Raises:
+            ValueError: the state belongs to another rank, size or configuration, or a
+                tensor of it has another shape or dtype here (then, or at its first
+                use); the text has names, expected and found.
+        """
+        for key, here in (
+            ("format", STATE_FORMAT),
+            ("size", self.exchange.size),
+            ("rank", self.exchange.rank),
+            ("configuration", self.configuration),
+        ):
+            if state.get(key) != here:
+                raise ValueError(
+                    f"state was saved with {key} {state.get(key)}, expected {here}"
+                )
+        for name, tensor in self.tensors.items():
+            if name not in state["tensors"]:
+                raise ValueError(f"state has no tensor {name!r}")
+            _check_loaded(name, state["tensors"][name], tensor.shape, tensor.dtype)
+        self._loaded = dict(state["tensors"])
+        self.memory.residuals.clear()
+        self.traffic.steps = state["step"]
+        for name, tensor in self.tensors.items():
+            step = self._restore_loaded(name, tensor.shape, tensor.dtype)
+            tensor.header = tensor.header._replace(step=step)
+
+    def _restore_loaded(self, name: str, shape: tuple[int, ...], dtype: str) -> int:
+        """Put a loaded residual in its place; returns the tensor's step."""
+        saved = self._loaded.get(name)
+        if saved is None:
+            return 0
+        _check_loaded(name, saved, shape, dtype)
+        if saved["residual"] is not None:
+            self.memory.residuals[name] = _copy(saved["residual"], (-1,))
+        del self._loaded[name]
+        return int(saved["step"])
+
+
+def _check_loaded(
+    name: str, saved: dict[str, Any], shape: tuple[int, ...], dtype: str
+) -> None:
+    found = (tuple(saved["shape"]), saved["dtype"])
+    if found != (shape, dtype):
+        raise ValueError(
+            f"{name}: state has shape {found[0]} and dtype {found[1]}, expected "
+            f"{shape} and {dtype}"
+        )
+
+
+def _copy(array: Array | None, shape: tuple[int, ...]) -> Array | None:
+    if array is None:
+        return None
+    copied = array.copy() if isinstance(array, np.ndarray) else array.clone()
+    return copied.reshape(shape)
+
+
+def _flat(gradient: Array) -> Array:
+    """(n,) contiguous and aligned: a view where that is possible."""
+    if isinstance(gradient, np.ndarray):
+        ready = gradient.flags.c_contiguous and gradient.flags.aligned
+        return (gradient if ready else gradient.copy()).reshape(-1)
+    return gradient.contiguous().reshape(-1)
+
+
+def _dtype(array: Array) -> str:
+    return str(array.dtype).removeprefix("torch.")
+
+
+def _digest(facts: tuple[object, ...]) -> int:
+    text = repr(facts).encode()
+    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")

@@ -1,0 +1,147 @@
+"""Encode: what bytes go on the wire. No other file knows the layout.
+
+One payload a tensor, and each describes itself. Version 1, little-endian:
+
+    offset  bytes
+    0       4      magic, b"HVSP"
+    4       1      version
+    5       1      layout: 1 values and indices, 2 values only (all ranks know which)
+    6       1      dtype of the gradient: 1 float16, 2 bfloat16, 3 float32, 4 float64
+    7       1      flags: bit 0, this rank met elements that were not finite
+    8       4      n, elements of the gradient
+    12      4      k, elements in this payload
+    16      8      step, completed exchanges of this tensor
+    24      8      digest of name, shape and configuration
+    32      k v    values, float32 (v = 4), or float64 (v = 8) for a float64 gradient
+    32+k v  4 k    indices, int32, ascending (layout 1)
+    ...            zeros up to a multiple of 8, so that payloads can follow each other
+"""
+
+from struct import Struct
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hvd_sparse.core.contracts import Array, PayloadError, Selection
+
+Bytes = npt.NDArray[np.uint8]
+
+VERSION = 1
+INDEXED = 1
+VALUES_ONLY = 2
+DTYPES = {"float16": 1, "bfloat16": 2, "float32": 3, "float64": 4}
+HEADER_BYTES = 32
+
+_MAGIC = b"HVSP"
+_HEADER = Struct("<4sBBBBiiqQ")
+_NONFINITE = 1
+
+
+class Header(NamedTuple):
+    """What every rank must agree on before it believes a payload.
+
+    Attributes:
+        layout: INDEXED or VALUES_ONLY.
+        dtype: the gradient's: a key of DTYPES, on the wire its value.
+        n: elements of the gradient.
+        k: elements of the payload; the most there may be where ranks choose their own.
+        step: completed exchanges of this tensor.
+        digest: 64 bits over name, shape and configuration.
+    """
+
+    layout: int
+    dtype: str | int
+    n: int
+    k: int
+    step: int
+    digest: int
+
+
+def value_bytes(dtype: str | int) -> int:
+    """Bytes of one value on the wire for a gradient of this dtype."""
+    return 8 if dtype == "float64" else 4
+
+
+def entry_bytes(layout: int, dtype: str | int) -> int:
+    """Bytes of one element on the wire: its value and, in layout 1, its index."""
+    return value_bytes(dtype) + (4 if layout == INDEXED else 0)
+
+
+def payload_bytes(layout: int, dtype: str | int, k: int) -> int:
+    """Bytes of a payload of k elements, header and padding included."""
+    return HEADER_BYTES + -(-k * entry_bytes(layout, dtype) // 8) * 8
+
+
+def encode(selection: Selection, header: Header) -> tuple[Bytes, Array]:
+    """The payload of a selection, and the values a receiver will read from it.
+
+    Values travel unrounded in both layouts of version 1, so `sent` is selection.values.
+    header.k is replaced by what was really selected.
+    """
+    indices, values = _on_host(selection.indices), _on_host(selection.values)
+    k = values.shape[0]
+    buffer = np.empty(payload_bytes(header.layout, header.dtype, k), np.uint8)
+    flags = _NONFINITE if selection.nonfinite else 0
+    code = DTYPES[str(header.dtype)]
+    fields = (_MAGIC, VERSION, header.layout, code, flags, header.n, k)
+    _HEADER.pack_into(buffer.data, 0, *fields, header.step, header.digest)
+    end = HEADER_BYTES + values.nbytes
+    buffer[HEADER_BYTES:end] = values.view(np.uint8)
+    if header.layout == INDEXED:
+        buffer[end : end + 4 * k] = indices.view(np.uint8)
+        end += 4 * k
+    buffer[end:] = 0
+    return buffer, selection.values
+
+
+def decode(buffer: Bytes, expected: Header, *, varies: bool = False) -> Selection:
+    """The selection in a payload, as views of its bytes, once the header agrees.
+
+    Args:
+        buffer: one payload, at an address that is a multiple of 8.
+        expected: what this rank sent itself.
+        varies: ranks choose k themselves, up to expected.k.
+
+    Returns:
+        A selection; its indices are empty in layout 2, where every rank knows them.
+
+    Raises:
+        PayloadError: the header disagrees; the text has field, expected and found.
+    """
+    if buffer.size < HEADER_BYTES:
+        raise PayloadError(f"payload of {buffer.size} bytes, expected at least 32")
+    fields = _HEADER.unpack_from(buffer.data)
+    magic, version, layout, code, flags, n, k, step, digest = fields
+    if (magic, version) != (_MAGIC, VERSION):
+        raise PayloadError(
+            f"format {magic!r} version {version}, expected {_MAGIC!r} version {VERSION}"
+        )
+    found = Header(layout, code, n, k, step, digest)
+    wanted = expected._replace(dtype=DTYPES[str(expected.dtype)])
+    if varies and 0 <= k <= expected.k:
+        wanted = wanted._replace(k=k)
+    if found != wanted:
+        raise PayloadError(_disagreement(found, wanted))
+    if buffer.size != payload_bytes(layout, expected.dtype, k):
+        raise PayloadError(
+            f"payload of {buffer.size} bytes, expected "
+            f"{payload_bytes(layout, expected.dtype, k)} for k = {k}"
+        )
+    end = HEADER_BYTES + k * value_bytes(expected.dtype)
+    values = buffer[HEADER_BYTES:end].view(f"<f{value_bytes(expected.dtype)}")
+    taken = 4 * k if layout == INDEXED else 0
+    return Selection(buffer[end : end + taken].view("<i4"), values, flags & _NONFINITE)
+
+
+def _disagreement(found: Header, wanted: Header) -> str:
+    return "; ".join(
+        f"{field} {theirs}, expected {ours}"
+        for field, theirs, ours in zip(Header._fields, found, wanted, strict=True)
+        if theirs != ours
+    )
+
+
+def _on_host(array: Any) -> Any:
+    """Payloads leave from host memory; k elements come over from an accelerator."""
+    return array if isinstance(array, np.ndarray) else array.cpu().numpy()

@@ -1,0 +1,39 @@
+"""Which tensors go dense, and how many elements are worth sending sparse.
+
+Decided from n, k, the number of ranks and the format alone, so that every rank decides
+the same without asking.
+"""
+
+from dataclasses import dataclass
+
+from hvd_sparse.core.payload import HEADER_BYTES, entry_bytes
+
+
+@dataclass(frozen=True)
+class WhenCheaper:
+    """Dense where payloads would not be smaller than a dense ring allreduce.
+
+    A rank sends (P - 1) payloads in an allgather and 2 (P - 1) / P times the gradient
+    in a ring allreduce, so sparse wins when P * payload < 2 * n * itemsize. One rank
+    counts as two, so that it runs the whole path.
+    """
+
+    def limit(self, n: int, dtype: str, itemsize: int, layout: int, size: int) -> int:
+        """The largest k for which sparse is cheaper; negative if none is."""
+        dense = 2 * n * itemsize
+        payload = (dense - 1) // max(size, 2)  # strictly smaller
+        room = (payload - HEADER_BYTES) // 8 * 8
+        return min(n, room // entry_bytes(layout, dtype))
+
+
+@dataclass(frozen=True)
+class Never:
+    """Every tensor goes sparse, whatever it costs."""
+
+    def limit(self, n: int, dtype: str, itemsize: int, layout: int, size: int) -> int:
+        """All n."""
+        del dtype, itemsize, layout, size
+        return n
+
+
+Dense = WhenCheaper | Never

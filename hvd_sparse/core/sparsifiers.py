@@ -1,0 +1,143 @@
+"""Select: which elements of residual + gradient are worth sending.
+
+Sparsifiers are configuration: frozen, framework-neutral, and their repr rebuilds them.
+How the elements are found is the business of `hvd_sparse.kernels`.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import lru_cache
+from hashlib import blake2b
+
+from hvd_sparse.core.contracts import Array, Selection
+from hvd_sparse.kernels import host, kernels_for
+
+
+@lru_cache(maxsize=4096)
+def elements(density: float, n: int) -> int:
+    """k = min(n, max(1, ceil(density * n))), exactly, from the density as written.
+
+    Example:
+        >>> elements(0.1, 30)  # 0.1 as a binary float is a little more than 1/10
+        3
+    """
+    return min(n, max(1, math.ceil(Fraction(str(density)) * n)))
+
+
+def _digest(*parts: object) -> int:
+    """64 bits that depend on every part and on nothing else."""
+    text = "\0".join(map(str, parts))
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _check_density(density: float) -> None:
+    if not 0 < density <= 1:
+        raise ValueError(f"density must be in (0, 1], got {density}")
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k = density * n elements of largest magnitude, ties to the lowest index.
+
+    S = TopK(r + g): no other k entries leave a smaller residual in any p-norm. Exact:
+    -0.0 equals 0.0, zeros can be chosen, subnormals count.
+
+    Alistarh et al., The Convergence of Sparsified Gradient Methods, 2018,
+    arXiv:1809.10505. Selected per tensor, not over the whole model.
+
+    Args:
+        density: k / n, in (0, 1]; at least one element of each tensor is sent.
+
+    Raises:
+        ValueError: density is not in (0, 1].
+
+    Example:
+        >>> TopK(density=0.01)
+        TopK(density=0.01)
+    """
+
+    density: float = 0.001
+
+    def __post_init__(self) -> None:
+        _check_density(self.density)
+
+    def select(self, residual: Array, gradient: Array, k: int, step: int) -> Selection:
+        """Overwrites residual with residual + gradient, its k largest entries 0."""
+        del step
+        kernels = kernels_for(residual)
+        return Selection(*kernels.select_top(residual, gradient, k))
+
+
+@dataclass(frozen=True)
+class RandomK:
+    """k = density * n elements drawn at random, the same on every rank.
+
+    Every rank draws the same indices from (seed, name, step), so only values travel:
+    half the bytes of TopK at the same k. Stich et al., Sparsified SGD with Memory,
+    2018, arXiv:1809.07599, rand-k with memory: values are sent as they are, not scaled
+    by n / k; what is not drawn waits in the residual. torch's, numpy's and Python's
+    generators are untouched.
+
+    Args:
+        density: k / n, in (0, 1].
+        seed: any integer, the same on every rank.
+
+    Raises:
+        ValueError: density is not in (0, 1].
+    """
+
+    density: float = 0.01
+    seed: int = 0
+
+    shared_indices = True
+
+    def __post_init__(self) -> None:
+        _check_density(self.density)
+        if not isinstance(self.seed, int):
+            raise TypeError(f"seed must be an integer, got {self.seed!r}")
+
+    def for_tensor(self, name: str) -> "RandomK":
+        """The same sparsifier, its seed derived from this tensor's name."""
+        return replace(self, seed=_digest(self.seed, name))
+
+    def indices(self, n: int, k: int, step: int) -> Array:
+        """(k,) int32 ascending, distinct: the draw of this step."""
+        return host.random_indices(n, k, _digest(self.seed, step))
+
+    def select(self, residual: Array, gradient: Array, k: int, step: int) -> Selection:
+        """Overwrites residual with residual + gradient, the entries drawn 0."""
+        indices = self.indices(residual.shape[0], k, step)
+        kernels = kernels_for(residual)
+        return Selection(*kernels.select_at(residual, gradient, indices))
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Every element of residual + gradient whose magnitude reaches a fixed value.
+
+    How many that are depends on the data of each rank, so k travels in the header. At
+    most as many are sent as sparse is cheaper than dense (see `WhenCheaper`), largest
+    magnitudes first; the rest stays in the residual. Strom, Scalable Distributed DNN
+    Training Using Commodity GPU Cloud Computing, 2015; unlike there, values are sent
+    as they are, not as plus or minus the threshold.
+
+    Args:
+        value: magnitude in units of the gradient, > 0 and finite; compared in the
+            residual's dtype.
+
+    Raises:
+        ValueError: value is not positive and finite.
+    """
+
+    value: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not 0 < self.value < math.inf:
+            raise ValueError(f"value must be positive and finite, got {self.value}")
+
+    def select(self, residual: Array, gradient: Array, k: int, step: int) -> Selection:
+        """Overwrites residual with residual + gradient, the selected entries 0."""
+        del step
+        kernels = kernels_for(residual)
+        return Selection(*kernels.select_above(residual, gradient, self.value, k))

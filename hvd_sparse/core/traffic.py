@@ -1,0 +1,66 @@
+"""How many bytes this rank sends and receives, against a dense exchange."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class TensorTraffic:
+    """Bytes of one tensor since the start.
+
+    Attributes:
+        route: "sparse", "dense" or "rows" (a gradient that already was sparse).
+        sent_bytes: what this rank handed to collectives.
+        received_bytes: what the other ranks sent, or the reduced tensor.
+        dense_bytes: n * itemsize, once a step.
+        sent_elements: elements in this rank's payloads.
+    """
+
+    route: str
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    dense_bytes: int = 0
+    sent_elements: int = 0
+
+
+@dataclass
+class Traffic:
+    """Bytes of all tensors since the start; headers, padding and dense ones included.
+
+    Attributes:
+        tensors: per name.
+        steps: completed exchanges.
+        overhead_sent_bytes: step headers and framing, which belong to no tensor.
+        overhead_received_bytes: the same, from the other ranks.
+    """
+
+    tensors: dict[str, TensorTraffic] = field(default_factory=dict)
+    steps: int = 0
+    overhead_sent_bytes: int = 0
+    overhead_received_bytes: int = 0
+
+    def tensor(self, name: str, route: str) -> TensorTraffic:
+        """The counters of one tensor, zeros at first."""
+        return self.tensors.setdefault(name, TensorTraffic(route))
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes this rank handed to collectives."""
+        tensors = self.tensors.values()
+        return self.overhead_sent_bytes + sum(t.sent_bytes for t in tensors)
+
+    @property
+    def received_bytes(self) -> int:
+        """Bytes of the other ranks' payloads and of reduced dense tensors."""
+        tensors = self.tensors.values()
+        return self.overhead_received_bytes + sum(t.received_bytes for t in tensors)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of all gradients as they came: the sum of n * itemsize."""
+        return sum(tensor.dense_bytes for tensor in self.tensors.values())
+
+    @property
+    def compression_ratio(self) -> float:
+        """dense_bytes / sent_bytes; more is better, nan before the first step."""
+        sent = self.sent_bytes
+        return self.dense_bytes / sent if sent else float("nan")

@@ -1,0 +1,44 @@
+"""The doors for PyTorch.
+
+    import hvd_sparse.torch as sparse
+
+    optimizer = sparse.DistributedOptimizer(
+        optimizer, sparse.TopK(density=0.001), named_parameters=model.named_parameters()
+    )
+
+Importing this imports torch, and neither MPI nor Horovod: a door does at first use.
+"""
+
+from hvd_sparse import (
+    Average,
+    ExchangeError,
+    Never,
+    PayloadError,
+    RandomK,
+    Sum,
+    Threshold,
+    TopK,
+    WhenCheaper,
+    checkpoint_path,
+)
+from hvd_sparse.torch.mpi import (
+    DistributedOptimizer,
+    broadcast_optimizer_state,
+    broadcast_parameters,
+)
+
+__all__ = [
+    "Average",
+    "DistributedOptimizer",
+    "ExchangeError",
+    "Never",
+    "PayloadError",
+    "RandomK",
+    "Sum",
+    "Threshold",
+    "TopK",
+    "WhenCheaper",
+    "broadcast_optimizer_state",
+    "broadcast_parameters",
+    "checkpoint_path",
+]

@@ -1,0 +1,468 @@
+"""The door for PyTorch over plain MPI, no Horovod needed.
+
+One exchange a step, when the backward pass is over: `step()` gathers the gradients of
+all parameters that require one, in the order of their names, so neither the order of
+hooks nor a graph that changes from step to step matters. Gradients in host memory are
+viewed as numpy arrays, never copied, and the result is written back into `p.grad`.
+"""
+
+import io
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hvd_sparse.core.contracts import Average, ExchangeError, Op, Sparsifier
+from hvd_sparse.core.routing import Dense, WhenCheaper
+from hvd_sparse.core.traffic import Traffic
+from hvd_sparse.mpi import SparseAllreduce
+
+Array = npt.NDArray[Any]
+Tensor = torch.Tensor
+NamedParameters = Iterable[tuple[str, Tensor]]
+
+_LOSS = "(loss)"
+
+
+def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
+    optimizer: torch.optim.Optimizer,
+    sparsifier: Sparsifier,
+    *,
+    named_parameters: NamedParameters | None = None,
+    comm: Any = None,
+    op: int = Average,
+    dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
+    backward_passes_per_step: int = 1,
+    timeout_s: float = 600,
+) -> Any:
+    """Make an optimizer average sparsified gradients over MPI ranks before each step.
+
+    The optimizer itself is changed, and returned: it stays an instance of its class,
+    keeps its state and its learning-rate schedulers, and its state_dict is what it was.
+    New are `synchronize`, `skip_synchronize`, `residual_state_dict`,
+    `load_residual_state_dict`, `traffic` and `close`.
+
+    Args:
+        optimizer: any torch optimizer.
+        sparsifier: TopK, RandomK, Threshold or your own; the same on every rank.
+        named_parameters: model.named_parameters(); names must be unique and cover what
+            the optimizer holds. Without it parameters are named by their place.
+        comm: an mpi4py communicator; MPI.COMM_WORLD unless given.
+        op: hvd_sparse.Average over the ranks of comm, or hvd_sparse.Sum.
+        dense: which tensors go dense: WhenCheaper() or Never().
+        backward_passes_per_step: how often you call backward() before step(). The
+            gradient is their sum, as in Horovod. Since the exchange runs in step(),
+            calling backward more often or less is no error.
+        timeout_s: seconds to wait for peers in a step; a warning comes at 60.
+
+    Returns:
+        The same optimizer.
+
+    Raises:
+        TypeError: not an optimizer, or one that is distributed already.
+        ValueError: names are not unique, unknown or missing.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        kind = type(optimizer).__name__
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {kind}")
+    if isinstance(optimizer, _Distributed):
+        raise TypeError("optimizer is distributed already; wrap it once")
+    if backward_passes_per_step < 1:
+        raise ValueError(
+            "backward_passes_per_step must be at least 1, "
+            f"got {backward_passes_per_step}"
+        )
+    names = _names(optimizer, named_parameters)
+    reduce = SparseAllreduce(
+        sparsifier, comm=comm, op=op, dense=dense, timeout_s=timeout_s
+    )
+    kind = type(optimizer)
+    distributed: Any = optimizer
+    distributed.__class__ = type(kind.__name__, (_Distributed, kind), {})
+    # a scheduler made earlier hides the class's step behind an attribute of the object
+    vars(distributed).pop("step", None)
+    distributed._sparse = _Gradients(distributed, names, reduce)
+    return distributed
+
+
+class _Gradients:
+    """The gradients of one optimizer on their way through SparseAllreduce."""
+
+    def __init__(
+        self, optimizer: Any, names: dict[Tensor, str], reduce: SparseAllreduce
+    ) -> None:
+        self.optimizer = optimizer
+        self.names = names
+        self.reduce = reduce
+        self.synchronized = False  # by the user, and not stepped since
+        self.skip = False
+
+    def exchange(self, loss: Any = None) -> Any:
+        """Replace every gradient by its mean over ranks; returns the mean loss."""
+        gradients: dict[str, Any] = {}
+        rows: dict[str, Tensor] = {}
+        for name, parameter in self._trained():
+            gradient = _gradient(parameter)
+            if gradient.layout is torch.strided:
+                gradients[name] = _view(gradient)
+            else:
+                rows[name] = gradient.coalesce()
+        blobs = {name: _pack_rows(gradient) for name, gradient in rows.items()}
+        if loss is not None:
+            blobs[_LOSS] = np.array([_number(loss)], np.float64).view(np.uint8)
+        self.reduce.start(gradients, gradients, blobs)
+        self.reduce.finish()
+        gathered = self.reduce.gathered
+        for name, parameter in self._trained():
+            if name in rows:
+                parameter.grad = self._sum_rows(rows[name], gathered[name])
+        return None if loss is None else _mean_loss(loss, gathered[_LOSS])
+
+    def _trained(self) -> list[tuple[str, Tensor]]:
+        """What requires a gradient now; frozen parameters take no part."""
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for parameter in held:
+            if parameter not in self.names:
+                shape = tuple(parameter.shape)
+                raise ValueError(
+                    f"a parameter of shape {shape} was added after "
+                    "DistributedOptimizer was made; it has no name"
+                )
+        return [(self.names[p], p) for p in held if p.requires_grad]
+
+    def _sum_rows(self, own: Tensor, blobs: list[Array]) -> Tensor:
+        """Gradients that came sparse stay sparse: gathered as they are, then summed."""
+        parts = [_unpack_rows(own, blob) for blob in blobs]
+        indices = torch.cat([indices for indices, _ in parts], dim=1)
+        values = torch.cat([values for _, values in parts])
+        if self.reduce._path.op is Op.Average:
+            values /= self.reduce.size
+        return _rows(indices, values, own.shape)
+
+
+class _Distributed:
+    """What DistributedOptimizer adds, in front of the optimizer's own class."""
+
+    _sparse: _Gradients
+    param_groups: list[dict[str, Any]]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Exchange the gradients, then the optimizer's own step.
+
+        With a closure the exchange follows every call of it, and the loss it returns is
+        averaged over ranks, so that line searches take the same turns everywhere.
+        """
+        state = self._sparse
+        own_step = super().step  # type: ignore[misc]  # of the optimizer's class
+        self._opt_called = True  # what a scheduler's own wrapper would note
+        if closure is not None:
+
+            def exchanged() -> Any:
+                with torch.enable_grad():
+                    loss = closure()
+                return state.exchange(loss)
+
+            return own_step(exchanged)
+        if not state.skip:
+            if state.synchronized:
+                warnings.warn(
+                    "step() after synchronize() uses the gradients as they are; say so "
+                    "with `with optimizer.skip_synchronize():`",
+                    stacklevel=2,
+                )
+            else:
+                state.exchange()
+        state.synchronized = False
+        return own_step()
+
+    # torch wraps a step that lacks these marks: schedulers, and profiling hooks, which
+    # the optimizer's own step runs already
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The optimizer's own; gradients to come are not synchronized."""
+        self._sparse.synchronized = False
+        super().zero_grad(set_to_none=set_to_none)  # type: ignore[misc]
+
+    def synchronize(self) -> None:
+        """Exchange the gradients now, to clip them say; see skip_synchronize."""
+        self._sparse.exchange()
+        self._sparse.synchronized = True
+
+    @contextmanager
+    def skip_synchronize(self) -> Iterator[None]:
+        """Inside, step() does not exchange: synchronize() has done so.
+
+        Example:
+            optimizer.synchronize()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            with optimizer.skip_synchronize():
+                optimizer.step()
+        """
+        self._sparse.skip = True
+        try:
+            yield
+        finally:
+            self._sparse.skip = False
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes sent and received so far."""
+        return self._sparse.reduce.traffic
+
+    def residual_state_dict(self) -> dict[str, Any]:
+        """What this rank has not sent yet, as copies: save it beside the model.
+
+        Returns:
+            format, rank, size, configuration, step, and under "tensors", per name,
+            shape, dtype, step and residual (a tensor; None where it goes dense).
+        """
+        return _with_residuals(self._sparse.reduce.state_dict(), _as_tensor)
+
+    def load_residual_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue, bitwise, where residual_state_dict was called; each rank its own.
+
+        Raises:
+            ValueError: the state is of another rank, size, configuration or model.
+        """
+        shapes = {n: tuple(p.shape) for p, n in self._sparse.names.items()}
+        for name, saved in state["tensors"].items():
+            if name not in shapes:
+                raise ValueError(
+                    f"state has tensor {name!r}, which the optimizer lacks"
+                )
+            if tuple(saved["shape"]) != shapes[name]:
+                raise ValueError(
+                    f"{name}: state has shape {tuple(saved['shape'])}, expected "
+                    f"{shapes[name]}"
+                )
+        self._sparse.reduce.load_state_dict(_with_residuals(state, self._as_stored))
+
+    def _as_stored(self, name: str, residual: Tensor) -> Any:
+        """Residuals live where their parameter does, in host memory as numpy arrays."""
+        parameter = next(p for p, n in self._sparse.names.items() if n == name)
+        on_host = parameter.device.type == "cpu"
+        return residual.cpu().numpy() if on_host else residual.to(parameter.device)
+
+    def close(self) -> None:
+        """Free the private communicator; collective."""
+        self._sparse.reduce.close()
+
+
+def _with_residuals(
+    state: dict[str, Any], convert: Callable[[str, Any], Any]
+) -> dict[str, Any]:
+    tensors = {
+        name: saved
+        if saved["residual"] is None
+        else {**saved, "residual": convert(name, saved["residual"])}
+        for name, saved in state["tensors"].items()
+    }
+    return {**state, "tensors": tensors}
+
+
+def _as_tensor(name: str, residual: Any) -> Tensor:
+    del name
+    return torch.as_tensor(residual)
+
+
+def _names(
+    optimizer: torch.optim.Optimizer, named_parameters: NamedParameters | None
+) -> dict[Tensor, str]:
+    """Per parameter of the optimizer, its name."""
+    held = {
+        parameter: f"group{g}.parameter{i}"
+        for g, group in enumerate(optimizer.param_groups)
+        for i, parameter in enumerate(group["params"])
+    }
+    if named_parameters is None:
+        return held
+    given = list(named_parameters)
+    seen: set[str] = set()
+    for name, _ in given:
+        if name in seen:
+            raise ValueError(f"named_parameters must be unique, {name!r} comes twice")
+        seen.add(name)
+    names = {parameter: name for name, parameter in given}
+    for parameter, place in held.items():
+        if parameter not in names:
+            raise ValueError(
+                f"named_parameters must cover the optimizer's parameters, {place} of "
+                f"shape {tuple(parameter.shape)} has no name"
+            )
+    for parameter, name in names.items():
+        if parameter not in held and parameter.requires_grad:
+            raise ValueError(
+                f"named_parameters has {name!r}, which the optimizer does not hold"
+            )
+    return {parameter: names[parameter] for parameter in held}
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    """Its gradient; zeros where this rank did not use the parameter in this step."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _view(tensor: Tensor) -> Any:
+    """A CPU tensor as a numpy array over the same memory; others stay as they are."""
+    if tensor.device.type != "cpu":
+        return tensor.detach()
+    if tensor.dtype is torch.bfloat16:
+        return tensor.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.detach().numpy()
+
+
+def _number(loss: Any) -> float:
+    return float(loss.detach() if isinstance(loss, Tensor) else loss)
+
+
+def _rows(indices: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    """The sum of rows that may come several times, in the order they come."""
+    whole = torch.sparse_coo_tensor(indices, values, shape, check_invariants=False)
+    return whole.coalesce()
+
+
+def _mean_loss(loss: Any, blobs: list[Array]) -> Any:
+    mean = float(np.mean([blob.view(np.float64)[0] for blob in blobs]))
+    return loss.new_tensor(mean) if isinstance(loss, Tensor) else mean
+
+
+def _pack_rows(gradient: Tensor) -> Array:
+    """A coalesced sparse gradient as bytes: indices, then values, padded to 8."""
+    indices = np.ascontiguousarray(gradient.indices().cpu().numpy()).reshape(-1)
+    values = _view(gradient.values().cpu().contiguous()).reshape(-1)
+    count = np.array([gradient.indices().shape[1]], np.int64)
+    parts = [count.view(np.uint8), indices.view(np.uint8), values.view(np.uint8)]
+    used = sum(part.size for part in parts)
+    return np.concatenate([*parts, np.zeros(-used % 8, np.uint8)])
+
+
+def _unpack_rows(like: Tensor, blob: Array) -> tuple[Tensor, Tensor]:
+    count = int(blob[:8].view(np.int64)[0])
+    dimensions, width = like.sparse_dim(), like.values().shape[1:]
+    middle = 8 + 8 * dimensions * count
+    end = middle + count * width.numel() * like.dtype.itemsize
+    indices = blob[8:middle].view(np.int64).reshape(dimensions, count)
+    values = torch.from_numpy(blob[middle:end].copy()).view(like.dtype)
+    device = like.device
+    return (
+        torch.from_numpy(indices.copy()).to(device),
+        values.reshape(count, *width).to(device),
+    )
+
+
+# -------------------------------------------------------------------- start alike
+
+
+def broadcast_parameters(
+    params: Any, *, root: int = 0, comm: Any = None, timeout_s: float = 600
+) -> None:
+    """Overwrite parameters and buffers with those of one rank.
+
+    Args:
+        params: model.state_dict(), or pairs of name and tensor; the same names, shapes
+            and dtypes on every rank.
+        root: the rank whose values all take.
+        comm: an mpi4py communicator; MPI.COMM_WORLD unless given.
+        timeout_s: seconds to wait for peers.
+
+    Raises:
+        ExchangeError: a peer has other tensors, or did not arrive in time.
+    """
+    pairs = params.items() if hasattr(params, "items") else params
+    tensors = {name: t for name, t in pairs if isinstance(t, Tensor)}
+    with _Broadcast(root, comm, timeout_s) as broadcast, torch.no_grad():
+        described = [(n, tuple(t.shape), str(t.dtype)) for n, t in tensors.items()]
+        data = broadcast(_save(tensors), repr(sorted(described)))
+        for name, value in _load(data).items():
+            tensors[name].copy_(value)
+
+
+def broadcast_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    *,
+    root: int = 0,
+    comm: Any = None,
+    timeout_s: float = 600,
+) -> None:
+    """Overwrite the state and the options of an optimizer with those of one rank.
+
+    Residuals are not part of it: they belong to their rank.
+
+    Args:
+        optimizer: distributed or not; the same parameters on every rank.
+        root: the rank whose state all take.
+        comm: an mpi4py communicator; MPI.COMM_WORLD unless given.
+        timeout_s: seconds to wait for peers.
+
+    Raises:
+        ExchangeError: a peer has other parameters, or did not arrive in time.
+    """
+    with _Broadcast(root, comm, timeout_s) as broadcast:
+        held = [[tuple(p.shape) for p in g["params"]] for g in optimizer.param_groups]
+        described = f"{type(optimizer).__name__} {held}"
+        optimizer.load_state_dict(
+            _load(broadcast(_save(optimizer.state_dict()), described))
+        )
+
+
+class _Broadcast:
+    """Bytes of one rank to all, once all have said that they expect the same."""
+
+    def __init__(self, root: int, comm: Any, timeout_s: float) -> None:
+        self._reduce = SparseAllreduce(_NoTensor(), comm=comm, timeout_s=timeout_s)
+        self._root = root
+        if not 0 <= root < self._reduce.size:
+            raise ValueError(f"root must be in [0, {self._reduce.size}), got {root}")
+
+    def __enter__(self) -> "_Broadcast":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._reduce.__exit__(*error)
+
+    def __call__(self, data: bytes, described: str) -> bytes:
+        text = described.encode()
+        told = self._gather("description", text)
+        for rank, theirs in enumerate(told):
+            if theirs != told[self._root]:
+                raise ExchangeError(
+                    f"broadcast: rank {rank} has {theirs.decode()}, expected "
+                    f"{told[self._root].decode()}"
+                )
+        own = data if self._reduce.rank == self._root else b""
+        return self._gather("broadcast", own)[self._root]
+
+    def _gather(self, name: str, data: bytes) -> list[bytes]:
+        size = np.array([len(data)], np.int64).view(np.uint8)
+        body = np.frombuffer(data, np.uint8)
+        padding = np.zeros(-len(data) % 8, np.uint8)
+        self._reduce.start({}, blobs={name: np.concatenate([size, body, padding])})
+        self._reduce.finish()
+        blobs = self._reduce.gathered[name]
+        return [b[8 : 8 + int(b[:8].view(np.int64)[0])].tobytes() for b in blobs]
+
+
+class _NoTensor:
+    """Stands where only bytes are gathered."""
+
+    def select(self, residual: Any, gradient: Any, k: int, step: int) -> Any:
+        raise NotImplementedError
+
+
+def _save(state: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def _load(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
