@@ -135,6 +135,11 @@ class MpiExchange:
         """Begin the step with all that was started; does not wait."""
         self._begin(self._exchange(rows, configuration), _names(rows))
 
+    @property
+    def busy(self) -> bool:
+        """Whether a step is under way."""
+        return self._protocol is not None
+
     def advance(self) -> bool:
         """Do what can be done without waiting; returns whether the step is complete."""
         while self._protocol is not None:
@@ -471,7 +476,7 @@ class SparseAllreduce:
             self._exchange.free()
             raise
         self._flights: list[Flight] = []
-        self._outs: dict[str, Array] = {}
+        self._outs: Mapping[str, Array] = {}
         self._blobs: dict[str, int] = {}
         self.gathered: dict[str, list[Array]] = {}
 
@@ -535,11 +540,14 @@ class SparseAllreduce:
             blobs: per name, bytes (a multiple of 8) to gather from all ranks as they
                 are; lengths may differ between ranks.
         """
+        if self._exchange.busy:
+            raise RuntimeError("finish() must come before the next start()")
         flights: list[Flight] = []
         blobs = blobs or {}
         try:
             gradients = {n: _array(n, g) for n, g in gradients.items()}
-            self._outs = {n: _target(n, g, out) for n, g in gradients.items()}
+            for name, gradient in gradients.items():
+                _check_out(name, gradient, out)
             for name in sorted(gradients):
                 flights.append(self._path.send(name, gradients[name]))
             self._blobs = {n: self._exchange.start(n, blobs[n]) for n in sorted(blobs)}
@@ -548,6 +556,10 @@ class SparseAllreduce:
             self._exchange.report(error)
             raise
         self._flights = flights
+        # made only now: an array that can not be sent needs no room for its result
+        self._outs = out or {
+            n: np.empty(g.shape, g.dtype) for n, g in gradients.items()
+        }
         rows = [_row(flight) for flight in flights]
         rows += [(name, (), "bytes", 0, "gather", 0) for name in self._blobs]
         with self._nothing_lost():
@@ -562,7 +574,7 @@ class SparseAllreduce:
         """Wait, aggregate, and hand back."""
         with self._nothing_lost():
             self._exchange.close_step()
-        outs = self._outs
+        outs = dict(self._outs)
         for flight in self._flights:
             out = outs[flight.tensor.name]
             target = _contiguous(out)
@@ -653,10 +665,10 @@ def _array(name: str, gradient: Any) -> Any:
     return gradient
 
 
-def _target(name: str, gradient: Array, out: Mapping[str, Array] | None) -> Array:
-    """Where the result of this gradient goes; checked before anything is sent."""
-    if out is None:
-        return np.empty(gradient.shape, gradient.dtype)
+def _check_out(name: str, gradient: Array, out: Mapping[str, Array] | None) -> None:
+    """What would fail when handing back must fail before anything is sent."""
+    if not out:
+        return
     if name not in out:
         raise ValueError(f"{name}: out has no array of this name")
     target = out[name]
@@ -667,7 +679,6 @@ def _target(name: str, gradient: Array, out: Mapping[str, Array] | None) -> Arra
         )
     if isinstance(target, np.ndarray) and not target.flags.writeable:
         raise ValueError(f"{name}: out is read-only")
-    return target
 
 
 def _contiguous(out: Array) -> Array:

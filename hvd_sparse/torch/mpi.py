@@ -123,6 +123,10 @@ class _Gradients:
                 parameter.grad = self._sum_rows(rows[name], gathered[name])
         return None if loss is None else _mean_loss(loss, gathered[_LOSS])
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Per name, the shape of the parameter."""
+        return {name: tuple(p.shape) for p, name in self.names.items()}
+
     def _trained(self) -> list[tuple[str, Tensor]]:
         """What requires a gradient now; frozen parameters take no part."""
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -221,9 +225,11 @@ class _Distributed:
 
         Returns:
             format, rank, size, configuration, step, and under "tensors", per name,
-            shape, dtype, step and residual (a tensor; None where it goes dense).
+            shape, dtype, step and residual (a tensor; None where it goes dense);
+            under "parameters" the shapes of all that the optimizer holds.
         """
-        return _with_residuals(self._sparse.reduce.state_dict(), _as_tensor)
+        state = _with_residuals(self._sparse.reduce.state_dict(), _as_tensor)
+        return {**state, "parameters": self._sparse.shapes()}
 
     def load_residual_state_dict(self, state: dict[str, Any]) -> None:
         """Continue, bitwise, where residual_state_dict was called; each rank its own.
@@ -231,16 +237,12 @@ class _Distributed:
         Raises:
             ValueError: the state is of another rank, size, configuration or model.
         """
-        shapes = {n: tuple(p.shape) for p, n in self._sparse.names.items()}
-        for name, saved in state["tensors"].items():
-            if name not in shapes:
+        here, saved = self._sparse.shapes(), state["parameters"]
+        for name in sorted({*here, *saved}):
+            if saved.get(name) != here.get(name):
                 raise ValueError(
-                    f"state has tensor {name!r}, which the optimizer lacks"
-                )
-            if tuple(saved["shape"]) != shapes[name]:
-                raise ValueError(
-                    f"{name}: state has shape {tuple(saved['shape'])}, expected "
-                    f"{shapes[name]}"
+                    f"{name}: state has shape {saved.get(name)}, expected "
+                    f"{here.get(name)} (None: no such parameter)"
                 )
         self._sparse.reduce.load_state_dict(_with_residuals(state, self._as_stored))
 

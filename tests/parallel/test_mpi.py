@@ -1,0 +1,356 @@
+"""SparseAllreduce over real MPI; every test holds at any number of ranks."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+import hvd_sparse
+from hvd_sparse import (
+    Average,
+    ExchangeError,
+    Never,
+    RandomK,
+    Sum,
+    Threshold,
+    TopK,
+    WhenCheaper,
+)
+from hvd_sparse.mpi import SparseAllreduce
+
+COMM = MPI.COMM_WORLD
+RANK, SIZE = COMM.Get_rank(), COMM.Get_size()
+SPARSIFIERS = [TopK(density=0.05), RandomK(density=0.1), Threshold(value=1.5)]
+DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
+
+several = pytest.mark.skipif(SIZE == 1, reason="needs mpirun -np 2 or more")
+
+
+def gradients(step, dtype=np.float32, rank=RANK):
+    """Fresh noise per rank and step, the same shapes everywhere."""
+    rng = np.random.default_rng([rank, step])
+    shapes = {"conv": (8, 3, 5, 5), "bias": (8,), "scale": (), "none": (0, 4)}
+    return {
+        name: np.asarray(rng.standard_normal(shape)).astype(dtype)
+        for name, shape in shapes.items()
+    }
+
+
+def agree(value: bytes) -> bool:
+    return len(set(COMM.allgather(value))) == 1
+
+
+def same_bits(results) -> bool:
+    return agree(b"".join(results[name].tobytes() for name in sorted(results)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.parametrize("sparsifier", SPARSIFIERS, ids=repr)
+@pytest.mark.parametrize("dense", [Never(), WhenCheaper()], ids=repr)
+def test_replicas_agree_bitwise(sparsifier, dense, dtype):
+    with SparseAllreduce(sparsifier, comm=COMM, dense=dense) as reduce:
+        for step in range(4):
+            given = gradients(step, dtype)
+            results = reduce.grouped_allreduce(given)
+            assert same_bits(results)
+            for name, result in results.items():
+                assert result.shape == given[name].shape
+                assert result.dtype == given[name].dtype
+        routes = {t.route for t in reduce.traffic.tensors.values()}
+        assert dense != Never() or routes == {"sparse"}
+        assert reduce.traffic.steps == 4
+
+
+@pytest.mark.parametrize("op", [Average, Sum], ids=lambda op: op.name)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_density_one_is_the_rank_ordered_sum(op, dtype):
+    with SparseAllreduce(TopK(1.0), comm=COMM, op=op, dense=Never()) as reduce:
+        results = reduce.grouped_allreduce(gradients(0, dtype))
+    scale = dtype(1 / SIZE) if op is Average else dtype(1)
+    for name, result in results.items():
+        total = np.zeros_like(result)
+        for rank in range(SIZE):
+            total = total + gradients(0, dtype, rank)[name]
+        np.testing.assert_array_equal(result, total * scale)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_dense_tensors_are_what_mpi_gives(dtype):
+    with SparseAllreduce(TopK(1.0), comm=COMM, op=Sum) as reduce:
+        results = reduce.grouped_allreduce(gradients(0, dtype))
+        assert {t.route for t in reduce.traffic.tensors.values()} == {"dense"}
+    given = gradients(0, dtype)
+    flat = np.concatenate([given[name].reshape(-1) for name in sorted(given)])
+    total = np.empty_like(flat)
+    COMM.Allreduce(flat, total)
+    handed = np.concatenate([results[name].reshape(-1) for name in sorted(given)])
+    assert handed.tobytes() == total.tobytes()
+
+
+def test_float32_and_float64_share_a_step():
+    with SparseAllreduce(TopK(0.1), comm=COMM) as reduce:
+        given = {"a": np.ones(3, np.float32), "b": np.full(4, 2.0)}
+        results = reduce.grouped_allreduce(given)
+    np.testing.assert_array_equal(results["a"], given["a"])
+    np.testing.assert_array_equal(results["b"], given["b"])
+
+
+def test_order_of_the_mapping_does_not_matter():
+    given = gradients(0)
+    names = sorted(given, reverse=bool(RANK % 2))
+    with SparseAllreduce(TopK(0.1), comm=COMM, dense=Never()) as reduce:
+        results = reduce.grouped_allreduce({name: given[name] for name in names})
+    assert same_bits(results)
+
+
+def test_messages_above_the_limit_are_split():
+    whole, split = (
+        SparseAllreduce(TopK(0.5), comm=COMM, dense=dense)
+        for dense in (Never(), Never())
+    )
+    split._exchange.message_bytes = 64
+    with whole, split:
+        a = whole.grouped_allreduce(gradients(0))
+        b = split.grouped_allreduce(gradients(0))
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_dense_messages_above_the_limit_are_split():
+    with SparseAllreduce(TopK(1.0), comm=COMM) as reduce:
+        reduce._exchange.message_bytes = 64
+        results = reduce.grouped_allreduce(gradients(0))
+    assert same_bits(results)
+
+
+def test_out_is_written_whole_and_may_be_the_gradient():
+    given = np.arange(100, dtype=np.float32) + RANK
+    with SparseAllreduce(TopK(0.1), comm=COMM, dense=Never()) as reduce:
+        fresh = reduce.allreduce("a", given.copy())
+        in_place = given.copy()
+        assert reduce.allreduce("b", in_place, out=in_place) is in_place
+        strided = np.full(200, np.nan, np.float32)[::2]
+        reduce.allreduce("c", given.copy(), out=strided)
+    np.testing.assert_array_equal(in_place, fresh)
+    np.testing.assert_array_equal(strided, fresh)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nonfinite_on_one_rank_reaches_all_and_stays_out(value):
+    clean, dirty = gradients(1), gradients(0)
+    if RANK == SIZE - 1:
+        dirty["conv"].reshape(-1)[7] = value
+    with SparseAllreduce(TopK(0.1), comm=COMM, dense=Never()) as reduce:
+        results = reduce.grouped_allreduce(dirty)
+        assert np.isnan(results["conv"]).all()
+        assert np.isfinite(results["bias"]).all()
+        residual = reduce.state_dict()["tensors"]["conv"]["residual"]
+        finite = np.isfinite(dirty["conv"])
+        np.testing.assert_array_equal(residual, np.where(finite, dirty["conv"], 0))
+        after = reduce.grouped_allreduce(clean)
+        assert all(np.isfinite(result).all() for result in after.values())
+        assert same_bits(after)
+
+
+@pytest.mark.parametrize("sparsifier", SPARSIFIERS, ids=repr)
+def test_a_restart_continues_bitwise(sparsifier):
+    with SparseAllreduce(sparsifier, comm=COMM, dense=Never()) as straight:
+        for step in range(3):
+            straight.grouped_allreduce(gradients(step))
+        state = straight.state_dict()
+        expected = [straight.grouped_allreduce(gradients(s)) for s in range(3, 6)]
+        final = straight.state_dict()
+    with SparseAllreduce(sparsifier, comm=COMM, dense=Never()) as restarted:
+        restarted.load_state_dict(state)
+        for step, want in zip(range(3, 6), expected, strict=True):
+            got = restarted.grouped_allreduce(gradients(step))
+            for name in got:
+                assert got[name].tobytes() == want[name].tobytes()
+        again = restarted.state_dict()
+    for name, tensor in final["tensors"].items():
+        assert (
+            tensor["residual"].tobytes() == again["tensors"][name]["residual"].tobytes()
+        )
+    assert final["step"] == again["step"] == 6
+
+
+def test_a_state_of_another_size_or_model_says_so_by_name():
+    with SparseAllreduce(TopK(0.1), comm=COMM, dense=Never()) as reduce:
+        reduce.grouped_allreduce(gradients(0))
+        state = reduce.state_dict()
+        with pytest.raises(ValueError, match=f"size {SIZE + 1}, expected {SIZE}"):
+            reduce.load_state_dict({**state, "size": SIZE + 1})
+        with pytest.raises(ValueError, match=f"rank {RANK + 1}, expected {RANK}"):
+            reduce.load_state_dict({**state, "rank": RANK + 1})
+        other = {**state["tensors"], "conv": {**state["tensors"]["bias"]}}
+        with pytest.raises(ValueError, match=r"conv: state has shape \(8,\)"):
+            reduce.load_state_dict({**state, "tensors": other})
+
+
+def test_a_part_of_the_ranks_is_a_group_of_its_own():
+    half = COMM.Split(RANK % 2, RANK)
+    with SparseAllreduce(TopK(1.0), comm=half, op=Sum, dense=Never()) as reduce:
+        result = reduce.allreduce("a", np.ones(5, np.float32))
+    np.testing.assert_array_equal(result, half.Get_size())
+    half.Free()
+
+
+def test_traffic_counts_what_moves():
+    n, k = 10_000, 100
+    with SparseAllreduce(TopK(0.01), comm=COMM, dense=Never()) as reduce:
+        reduce.allreduce("a", np.random.default_rng(RANK).standard_normal(n))
+        tensor = reduce.traffic.tensors["a"]
+        assert tensor.sent_bytes == 32 + 12 * k
+        assert tensor.received_bytes == (SIZE - 1) * (32 + 12 * k)
+        assert tensor.dense_bytes == 8 * n
+        assert tensor.sent_elements == k
+        overhead = reduce.traffic.overhead_sent_bytes
+        assert reduce.traffic.sent_bytes == tensor.sent_bytes + overhead
+
+
+def test_closed_means_closed():
+    reduce = SparseAllreduce(TopK(0.1), comm=COMM)
+    reduce.close()
+    with pytest.raises(ExchangeError, match="closed"):
+        reduce.allreduce("a", np.ones(3, np.float32))
+
+
+def test_start_and_finish_take_turns():
+    with SparseAllreduce(TopK(0.1), comm=COMM, dense=Never()) as reduce:
+        reduce.start({"a": np.ones(8, np.float32)})
+        if reduce._exchange.busy:
+            with pytest.raises(RuntimeError, match="finish"):
+                reduce.start({"a": np.ones(8, np.float32)})
+        while not reduce.progress():
+            pass
+        np.testing.assert_array_equal(reduce.finish()["a"][0], 1)
+
+
+# ------------------------------------------------------------- peers that disagree
+
+
+def different(name, shape=(4,), dtype=np.float32):
+    return {"same": np.ones(4, np.float32), name: np.ones(shape, dtype)}
+
+
+DISAGREEMENTS = {
+    "name": ({"name": "one"}, {"name": "other"}, "does not have it"),
+    "shape": ({"name": "a"}, {"name": "a", "shape": (2, 2)}, r"a: rank \d has shape"),
+    "dtype": ({"name": "a"}, {"name": "a", "dtype": np.float64}, r"rank \d has dtype"),
+}
+
+
+@several
+@pytest.mark.parametrize("case", DISAGREEMENTS)
+def test_a_disagreement_is_an_error_on_every_rank(case):
+    most, last, message = DISAGREEMENTS[case]
+    mine = different(**(last if RANK == SIZE - 1 else most))
+    with SparseAllreduce(TopK(0.5), comm=COMM, dense=Never(), timeout_s=5) as reduce:
+        with pytest.raises(ExchangeError, match=message) as caught:
+            reduce.grouped_allreduce(mine)
+        assert agree(str(caught.value).encode())
+        for name, gradient in mine.items():  # what was sent is back
+            residual = reduce.state_dict()["tensors"][name]["residual"]
+            np.testing.assert_array_equal(residual, gradient)
+
+
+@several
+def test_a_majority_is_believed():
+    rank = 0 if SIZE > 2 else 1
+    mine = different("a", shape=(9,) if rank == RANK else (4,))
+    with (
+        SparseAllreduce(TopK(0.5), comm=COMM, timeout_s=5) as reduce,
+        pytest.raises(ExchangeError, match=rf"a: rank {rank} has shape \(9,\), exp"),
+    ):
+        reduce.grouped_allreduce(mine)
+
+
+@several
+@pytest.mark.parametrize(
+    ("most", "last"),
+    [(TopK(0.5), TopK(0.25)), (RandomK(0.5), RandomK(0.5, seed=1))],
+    ids=["k", "seed"],
+)
+def test_another_configuration_is_named(most, last):
+    sparsifier = last if RANK == SIZE - 1 else most
+    with (
+        SparseAllreduce(sparsifier, comm=COMM, dense=Never(), timeout_s=5) as reduce,
+        pytest.raises(ExchangeError, match=r"has configuration .*, expected"),
+    ):
+        reduce.allreduce("a", np.ones(8, np.float32))
+
+
+@several
+def test_another_step_is_named():
+    with SparseAllreduce(TopK(0.5), comm=COMM, dense=Never(), timeout_s=5) as reduce:
+        reduce.allreduce("a", np.ones(8, np.float32))
+        if RANK == SIZE - 1:
+            state = reduce.state_dict()
+            state["tensors"]["a"]["step"] = 7
+            reduce.load_state_dict(state)
+        with pytest.raises(ExchangeError, match=r"a: rank \d has step 7, expected 1"):
+            reduce.allreduce("a", np.ones(8, np.float32))
+
+
+@several
+def test_a_rank_that_raises_is_heard_by_all():
+    bad = np.ones(8, np.int32 if RANK == SIZE - 1 else np.float32)
+    with SparseAllreduce(TopK(0.5), comm=COMM, dense=Never(), timeout_s=5) as reduce:
+        if RANK == SIZE - 1:
+            with pytest.raises(TypeError, match="a: gradient must be one of"):
+                reduce.allreduce("a", bad)
+        else:
+            with pytest.raises(ExchangeError, match=f"rank {SIZE - 1} raised TypeErr"):
+                reduce.allreduce("a", bad)
+        result = reduce.allreduce("b", np.ones(8, np.float32))  # and goes on
+        assert same_bits({"b": result})
+
+
+def test_all_ranks_may_raise_together():
+    with SparseAllreduce(TopK(0.5), comm=COMM, dense=Never(), timeout_s=5) as reduce:
+        reduce.allreduce("a", np.ones(8, np.float32))
+        with pytest.raises(ValueError, match=r"a: gradient has shape \(9,\)"):
+            reduce.allreduce("a", np.ones(9, np.float32))
+        reduce.allreduce("a", np.ones(8, np.float32))
+
+
+# ----------------------------------------------------------------------- bad use
+
+
+def test_bad_arguments_are_refused_by_name():
+    with pytest.raises(TypeError, match="sparsifier must have a select method"):
+        SparseAllreduce(0.01, comm=COMM)
+    with pytest.raises(TypeError, match="sparsifier must have a select method"):
+        SparseAllreduce(TopK, comm=COMM)
+    with pytest.raises(TypeError, match="comm must be an mpi4py communicator"):
+        SparseAllreduce(TopK(), comm="world")
+    with pytest.raises(ValueError, match="timeout_s must be positive, got 0"):
+        SparseAllreduce(TopK(), comm=COMM, timeout_s=0)
+    with pytest.raises(ValueError, match="op must be Average or Sum, got 2"):
+        SparseAllreduce(TopK(), comm=COMM, op=2)
+    with SparseAllreduce(TopK(), comm=COMM) as reduce:
+        with pytest.raises(TypeError, match="a: gradient must be an array, got list"):
+            reduce.allreduce("a", [1.0])
+        with pytest.raises(ValueError, match=r"a: out has shape \(3,\)"):
+            reduce.allreduce("a", np.ones(4), out=np.ones(3))
+        frozen = np.ones(4)
+        frozen.flags.writeable = False
+        with pytest.raises(ValueError, match="a: out is read-only"):
+            reduce.allreduce("a", np.ones(4), out=frozen)
+
+
+def test_more_elements_than_an_index_can_name_are_refused():
+    huge = np.broadcast_to(np.float32(1), (2**31,))
+    with (
+        SparseAllreduce(TopK(), comm=COMM) as reduce,
+        pytest.raises(ValueError, match=r"huge: gradient must have at most 2\*\*31"),
+    ):
+        reduce.allreduce("huge", huge)
+
+
+def test_horovods_constants_are_accepted():
+    assert hvd_sparse.Average == 0
+    assert hvd_sparse.Sum == 1
+    with SparseAllreduce(TopK(1.0), comm=COMM, op=1, dense=Never()) as reduce:
+        result = reduce.allreduce("a", np.ones(3, np.float32))
+    np.testing.assert_array_equal(result, SIZE)

@@ -1,0 +1,447 @@
+"""The PyTorch door over real MPI; every test holds at any number of ranks."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from mpi4py import MPI
+from torch import nn
+
+import hvd_sparse.torch as sparse
+from hvd_sparse import ExchangeError, Never, RandomK, Sum, Threshold, TopK
+
+COMM = MPI.COMM_WORLD
+RANK, SIZE = COMM.Get_rank(), COMM.Get_size()
+
+several = pytest.mark.skipif(SIZE == 1, reason="needs mpirun -np 2 or more")
+
+
+@pytest.fixture(autouse=True)
+def alike():
+    """The same model on every rank; data come from rank-seeded generators."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+def perceptron(dtype=torch.float32):
+    return nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 3)).to(dtype)
+
+
+def batch(step, dtype=torch.float32, rank=RANK):
+    rng = np.random.default_rng([rank, step])
+    x = torch.from_numpy(rng.standard_normal((16, 6))).to(dtype)
+    return x, (x[:, 0] > 0).long() + (x[:, 1] > 1).long()
+
+
+def loss_of(model, step, dtype=torch.float32, rank=RANK):
+    x, y = batch(step, dtype, rank)
+    return nn.functional.cross_entropy(model(x).float(), y)
+
+
+def sgd(model, **options):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, **options)
+
+
+def distribute(optimizer, model, sparsifier=None, **options):
+    return sparse.DistributedOptimizer(
+        optimizer,
+        sparsifier or TopK(density=0.05),
+        named_parameters=model.named_parameters(),
+        comm=COMM,
+        **{"dense": Never(), "timeout_s": 20, **options},
+    )
+
+
+def train(model, optimizer, steps, dtype=torch.float32):
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(model, step, dtype).backward()
+        optimizer.step()
+
+
+def bits(model) -> bytes:
+    tensors = [p.detach().reshape(-1).view(torch.uint8) for p in model.parameters()]
+    return torch.cat(tensors).numpy().tobytes()
+
+
+def replicas_agree(model) -> bool:
+    return len(set(COMM.allgather(bits(model)))) == 1
+
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "sparsifier", [TopK(0.05), RandomK(0.1), Threshold(0.01)], ids=repr
+)
+def test_replicas_agree_bitwise(sparsifier, dtype):
+    model = perceptron(dtype)
+    optimizer = distribute(sgd(model), model, sparsifier)
+    train(model, optimizer, range(4), dtype)
+    assert replicas_agree(model)
+    assert {t.route for t in optimizer.traffic.tensors.values()} == {"sparse"}
+    optimizer.close()
+
+
+def test_density_one_is_dense_training():
+    ours, theirs = perceptron(), perceptron()
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = distribute(sgd(ours), ours, TopK(1.0))
+    plain = sgd(theirs)
+    train(ours, optimizer, range(5))
+    for step in range(5):
+        totals = [torch.zeros_like(p) for p in theirs.parameters()]
+        for rank in range(SIZE):  # in rank order
+            plain.zero_grad()
+            loss_of(theirs, step, rank=rank).backward()
+            for total, parameter in zip(totals, theirs.parameters(), strict=True):
+                total += parameter.grad
+        for total, parameter in zip(totals, theirs.parameters(), strict=True):
+            parameter.grad = total * torch.tensor(1 / SIZE)
+        plain.step()
+    assert bits(ours) == bits(theirs)
+    optimizer.close()
+
+
+def test_it_stays_an_optimizer_of_its_class():
+    model = perceptron()
+    plain = sgd(model)
+    optimizer = distribute(plain, model)
+    assert optimizer is plain
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert type(optimizer).__name__ == "SGD"
+    train(model, optimizer, range(2))
+    fresh = sgd(perceptron())
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert fresh.state_dict().keys() == optimizer.state_dict().keys()
+    optimizer.close()
+
+
+@pytest.mark.parametrize("first", ["scheduler", "door"])
+def test_learning_rate_schedulers_work_made_before_or_after(first):
+    model = perceptron()
+    optimizer = sgd(model)
+    if first == "door":
+        optimizer = distribute(optimizer, model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.1)
+    if first == "scheduler":
+        optimizer = distribute(optimizer, model)
+    for step in range(4):
+        train(model, optimizer, [step])
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
+    assert optimizer.traffic.steps == 4
+    assert replicas_agree(model)
+    optimizer.close()
+
+
+def test_step_hooks_run_once():
+    model = perceptron()
+    optimizer = distribute(sgd(model), model)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    train(model, optimizer, [0])
+    assert calls == ["pre", "post"]
+    optimizer.close()
+
+
+def test_every_call_of_a_closure_is_exchanged_and_its_loss_averaged():
+    model = perceptron(torch.float64)
+    optimizer = torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe")
+    optimizer = distribute(optimizer, model, TopK(1.0))
+    calls = 0
+    own = []
+
+    def closure():
+        nonlocal calls
+        calls += 1
+        optimizer.zero_grad()
+        loss = loss_of(model, 0, torch.float64)
+        own.append(loss.item())
+        loss.backward()
+        return loss
+
+    losses = [float(optimizer.step(closure)) for _ in range(3)]
+    assert optimizer.traffic.steps == calls
+    assert losses[0] == pytest.approx(np.mean(COMM.allgather(own[0])))
+    assert losses[-1] < losses[0]
+    assert len(set(COMM.allgather(calls))) == 1
+    assert replicas_agree(model)
+    optimizer.close()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad_takes_its_argument(set_to_none):
+    model = perceptron()
+    optimizer = distribute(sgd(model), model)
+    train(model, optimizer, [0])
+    optimizer.zero_grad(set_to_none=set_to_none)
+    gradients = [p.grad for p in model.parameters()]
+    assert all((g is None) == set_to_none for g in gradients)
+    train(model, optimizer, [1])
+    assert replicas_agree(model)
+    optimizer.close()
+
+
+def test_gradients_can_be_clipped_between_synchronize_and_step():
+    model = perceptron()
+    optimizer = distribute(sgd(model), model)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.synchronize()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        norm = torch.cat([p.grad.view(-1) for p in model.parameters()]).norm()
+        assert norm <= 1.001e-3
+        with optimizer.skip_synchronize():
+            optimizer.step()
+    assert optimizer.traffic.steps == 3
+    assert replicas_agree(model)
+    optimizer.close()
+
+
+def test_step_after_synchronize_does_not_exchange_twice():
+    model = perceptron()
+    optimizer = distribute(sgd(model), model)
+    loss_of(model, 0).backward()
+    optimizer.synchronize()
+    with pytest.warns(UserWarning, match="skip_synchronize"):
+        optimizer.step()
+    assert optimizer.traffic.steps == 1
+    optimizer.close()
+
+
+def test_parameter_groups_keep_their_options():
+    model = perceptron()
+    groups = [
+        {"params": model[0].parameters(), "lr": 0.0},
+        {"params": model[2].parameters()},
+    ]
+    optimizer = distribute(torch.optim.SGD(groups, lr=0.1), model)
+    before = bits(model[0]), bits(model[2])
+    train(model, optimizer, [0])
+    assert bits(model[0]) == before[0]
+    assert bits(model[2]) != before[1]
+    optimizer.close()
+
+
+def test_frozen_parameters_take_no_part_and_may_thaw():
+    model = perceptron()
+    model[0].weight.requires_grad = False
+    optimizer = distribute(sgd(model), model)
+    before = model[0].weight.clone()
+    train(model, optimizer, [0])
+    assert torch.equal(model[0].weight, before)
+    assert "0.weight" not in optimizer.traffic.tensors
+    model[0].weight.requires_grad = True
+    train(model, optimizer, [1, 2])
+    assert not torch.equal(model[0].weight, before)
+    assert replicas_agree(model)
+    optimizer.close()
+
+
+class TwoHeads(nn.Module):
+    """Uses one head, the other, or both, in either order."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(6, 3) for _ in range(3))
+
+    def forward(self, x, order):
+        return sum(self.heads[i](x) * (place + 1) for place, i in enumerate(order))
+
+
+def test_ranks_may_use_different_parameters_in_different_order():
+    model = TwoHeads()
+    optimizer = distribute(sgd(model), model)
+    for step in range(4):
+        optimizer.zero_grad()
+        x, y = batch(step)
+        order = [[0, 1], [1, 0], [1], [0]][(RANK + step) % 4]  # head 2: never used
+        nn.functional.cross_entropy(model(x, order), y).backward()
+        optimizer.step()
+        assert replicas_agree(model)
+    optimizer.close()
+
+
+def test_sparse_embedding_gradients_stay_sparse_and_exact():
+    embedding = nn.Embedding(50, 4, sparse=True)
+    optimizer = distribute(torch.optim.SparseAdam(embedding.parameters()), embedding)
+    used = torch.tensor([RANK, 7, 7])
+    embedding(used).sum().backward()
+    optimizer.step()
+    gradient = embedding.weight.grad
+    assert gradient.is_sparse
+    expected = torch.zeros(50, 4)
+    for rank in range(SIZE):
+        expected[rank] += 1 / SIZE
+        expected[7] += 2 / SIZE
+    torch.testing.assert_close(gradient.to_dense(), expected)
+    assert replicas_agree(embedding)
+    optimizer.close()
+
+
+def test_gradients_of_several_backward_passes_add_up():
+    model, twin = perceptron(torch.float64), perceptron(torch.float64)
+    twin.load_state_dict(model.state_dict())
+    optimizer = distribute(
+        sgd(model), model, TopK(1.0), op=Sum, backward_passes_per_step=3
+    )
+    for step in range(3):
+        loss_of(model, step, torch.float64).backward()
+    optimizer.step()
+    for rank in range(SIZE):
+        for step in range(3):
+            loss_of(twin, step, torch.float64, rank).backward()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    assert optimizer.traffic.steps == 1
+    optimizer.close()
+
+
+def test_gradients_that_are_not_contiguous_are_handed_back_in_place():
+    model = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+    optimizer = distribute(sgd(model), model)
+    x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    model(x).sum().backward()
+    layout = model.weight.grad.stride()
+    optimizer.step()
+    assert model.weight.grad.stride() == layout
+    assert int((model.weight.grad != 0).sum()) <= 11 * SIZE
+    assert replicas_agree(model)
+    optimizer.close()
+
+
+def test_a_nan_on_one_rank_is_seen_by_all_and_forgotten():
+    model = perceptron()
+    optimizer = distribute(torch.optim.SGD(model.parameters(), lr=0.0), model)
+    loss_of(model, 0).backward()
+    if RANK == SIZE - 1:
+        model[0].bias.grad[3] = float("nan")
+    optimizer.step()
+    assert model[0].bias.grad.isnan().all()
+    assert model[2].bias.grad.isfinite().all()
+    with torch.no_grad():
+        model[0].bias.zero_()  # lr 0 times nan is nan
+    train(model, optimizer, [1])
+    assert model[0].bias.grad.isfinite().all()
+    optimizer.close()
+
+
+# --------------------------------------------------------------------------- state
+
+
+@pytest.mark.parametrize("sparsifier", [TopK(0.05), RandomK(0.1)], ids=repr)
+def test_a_restart_continues_bitwise(sparsifier, tmp_path):
+    model = perceptron()
+    optimizer = distribute(sgd(model), model, sparsifier)
+    train(model, optimizer, range(3))
+    path = sparse.checkpoint_path(tmp_path / "run", RANK, SIZE)
+    state = [model.state_dict(), optimizer.state_dict()]
+    torch.save([*state, optimizer.residual_state_dict()], path)
+    train(model, optimizer, range(3, 6))
+    expected = bits(model)
+    optimizer.close()
+
+    model = perceptron()
+    optimizer = distribute(sgd(model), model, sparsifier)
+    weights, momentum, residuals = torch.load(path)
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(momentum)
+    optimizer.load_residual_state_dict(residuals)
+    train(model, optimizer, range(3, 6))
+    assert bits(model) == expected
+    optimizer.close()
+
+
+def test_residuals_of_another_model_are_refused_by_name():
+    model, other = perceptron(), nn.Sequential(nn.Linear(6, 31), nn.Linear(31, 3))
+    optimizer = distribute(sgd(model), model)
+    train(model, optimizer, [0])
+    state = optimizer.residual_state_dict()
+    stranger = distribute(sgd(other), other)
+    with pytest.raises(ValueError, match=r"0\.bias: state has shape \(32,\), expected"):
+        stranger.load_residual_state_dict(state)
+    with pytest.raises(ValueError, match=f"size {SIZE + 1}, expected {SIZE}"):
+        optimizer.load_residual_state_dict({**state, "size": SIZE + 1})
+    optimizer.close()
+    stranger.close()
+
+
+def test_broadcasts_make_ranks_alike():
+    torch.manual_seed(RANK)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    root = SIZE - 1
+    sparse.broadcast_parameters(model.state_dict(), root=root, comm=COMM)
+    assert replicas_agree(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1 * (RANK + 1))
+    model(torch.randn(8, 4)).sum().backward()
+    optimizer.step()
+    sparse.broadcast_optimizer_state(optimizer, root=root, comm=COMM)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * SIZE)
+    moments = [s["exp_avg"].numpy().tobytes() for s in optimizer.state.values()]
+    assert len(set(COMM.allgather(b"".join(moments)))) == 1
+
+
+@several
+def test_broadcasting_different_models_is_an_error_on_every_rank():
+    model = nn.Linear(4, 5 if RANK == SIZE - 1 else 4)
+    with pytest.raises(ExchangeError, match=rf"rank {SIZE - 1} has .*\(5, 4\)"):
+        sparse.broadcast_parameters(model.state_dict(), comm=COMM)
+
+
+# -------------------------------------------------------------------------- bad use
+
+
+@several
+def test_ranks_that_train_different_models_hear_of_it():
+    model = nn.Linear(4, 5 if RANK == SIZE - 1 else 4)
+    optimizer = distribute(sgd(model), model)
+    model(torch.ones(1, 4)).sum().backward()
+    with pytest.raises(ExchangeError, match=r"bias: rank \d has shape"):
+        optimizer.step()
+    optimizer.close()
+
+
+def test_bad_use_is_refused_by_name():
+    model = perceptron()
+    names = list(model.named_parameters())
+
+    def make(optimizer=None, named=names, **options):
+        optimizer = optimizer or sgd(model)
+        return sparse.DistributedOptimizer(
+            optimizer, TopK(), named_parameters=named, comm=COMM, **options
+        )
+
+    with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer, got Seq"):
+        make(model)
+    with pytest.raises(ValueError, match=r"'0\.weight' comes twice"):
+        make(named=[names[0], names[0], *names[1:]])
+    with pytest.raises(
+        ValueError, match=r"group0\.parameter0 of shape \(32, 6\) has no"
+    ):
+        make(named=names[1:])
+    with pytest.raises(
+        ValueError, match="has 'stranger', which the optimizer does not"
+    ):
+        make(named=[*names, ("stranger", nn.Parameter(torch.ones(1)))])
+    with pytest.raises(ValueError, match="backward_passes_per_step must be at least 1"):
+        make(backward_passes_per_step=0)
+    once = make()
+    with pytest.raises(TypeError, match="distributed already"):
+        make(once)
+    once.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    with pytest.raises(ValueError, match=r"shape \(2,\) was added after"):
+        once.step()
+    once.close()
+
+
+def test_names_are_made_where_none_are_given():
+    model = perceptron()
+    optimizer = sparse.DistributedOptimizer(sgd(model), TopK(0.05), comm=COMM)
+    train(model, optimizer, [0])
+    assert "group0.parameter3" in optimizer.traffic.tensors
+    optimizer.close()
