@@ -4,11 +4,11 @@ How exact TopK costs about as much as the addition it follows:
 
 1. estimate, from a sample of the sums, a magnitude that some more than k reach;
 2. accumulate and compact in one pass: the residual takes the gradient, the few elements
-   above the estimate (the candidates) are copied out in ascending order;
+   above the estimate (the candidates) move out in ascending order;
 3. finish exactly: the k-th largest magnitude among the candidates, ties to the lowest
-   index. If the candidates outgrow their buffer on the way, it is cut back to the k
-   largest so far and the bound rises; if fewer than k turn up, the residual is
-   scanned again with a lower bound.
+   index; the others return. If the candidates outgrow their buffer on the way, it is
+   cut back to the k largest so far and the bound rises; if fewer than k turn up, the
+   residual is scanned again with a lower bound.
 
 The sample decides the time, never the result, which is the same for every estimate,
 every thread count and every processor.
@@ -25,7 +25,9 @@ from hvd_sparse.kernels.lanes import (
     LANES,
     accumulate16,
     bit_count,
+    from_bits,
     lowest_bit,
+    magnitude_bits,
     pointer_to,
 )
 from hvd_sparse.kernels.threads import parts, run_parts
@@ -34,9 +36,12 @@ Array = npt.NDArray[Any]
 Selected = tuple[Array, Array, int]
 
 _DIGIT_BITS = 11
+_ALL_DIGITS = 6  # of the 63 bits of a float64; a float32 has fewer
 _SPARE = 4096  # candidates a buffer holds beyond twice what is asked for
 _DIRECT = 4096  # up to this size every element is a candidate: sampling costs more
 _CHUNK = 1 << 14  # elements of the handed-back gradient finished while in cache
+_RUN = 32  # elements sampled side by side: two cache lines arrive together
+_STRETCH = 8192  # elements accumulated before their hits are looked at, in L1
 _jit = njit(nogil=True, cache=True, error_model="numpy")
 
 
@@ -44,60 +49,101 @@ _jit = njit(nogil=True, cache=True, error_model="numpy")
 
 
 @_jit
-def _kth_magnitude(bits: Any, count: int, k: int) -> Any:
-    """Bit pattern of the k-th largest magnitude of bits[:count], by radix descent.
+def _kth_magnitude(values: Any, count: int, k: int, digits: int) -> Any:
+    """The k-th largest magnitude of values[:count], by radix descent.
 
     Magnitudes of finite floats are ordered like their bit patterns without the sign.
+    With fewer digits than the pattern has, the lower bits are 0: a little less.
+
+    Returns its bit pattern, and how many elements of just that magnitude are among the
+    k largest.
     """
-    shift = bits.itemsize * 8 - 1
-    magnitude = (np.uint64(1) << np.uint64(shift)) - np.uint64(1)
-    histogram = np.empty(1 << _DIGIT_BITS, np.int64)
+    shift = values.itemsize * 8 - 1
+    # two counters a digit: neighbours often share one, and would wait for each other
+    histogram = np.empty((1 << _DIGIT_BITS, 2), np.int32)
     prefix = np.uint64(0)
-    while shift > 0:
+    while shift > 0 and digits > 0:
+        digits -= 1
         low = max(shift - _DIGIT_BITS, 0)
-        digits = (np.uint64(1) << np.uint64(shift - low)) - np.uint64(1)
+        most = (np.uint64(1) << np.uint64(shift - low)) - np.uint64(1)
         histogram[:] = 0
         for i in range(count):
-            pattern = np.uint64(bits[i]) & magnitude
+            pattern = magnitude_bits(values[i])
             if pattern >> np.uint64(shift) == prefix:
-                histogram[np.int64((pattern >> np.uint64(low)) & digits)] += 1
-        digit = np.int64(digits)
-        while histogram[digit] < k:
-            k -= histogram[digit]
+                histogram[np.int64((pattern >> np.uint64(low)) & most), i & 1] += 1
+        digit = np.int64(most)
+        while histogram[digit, 0] + histogram[digit, 1] < k:
+            k -= histogram[digit, 0] + histogram[digit, 1]
             digit -= 1
         prefix = (prefix << np.uint64(shift - low)) | np.uint64(digit)
         shift = low
-    return prefix
+    return prefix << np.uint64(shift), k
 
 
 @_jit
-def _keep_largest(indices: Any, values: Any, bits: Any, count: int, k: int) -> Any:
-    """Overwrites the three with their k largest, order kept, ties to the lowest index.
+def _keep_largest(residual: Any, indices: Any, values: Any, count: int, k: int) -> Any:
+    """Overwrites the candidates with their k largest; the others return to residual.
 
-    Returns the k-th largest magnitude.
+    Order is kept and ties go to the lowest index. Returns the k-th largest magnitude.
     """
-    one = np.uint64(1)
-    magnitude = (one << np.uint64(bits.itemsize * 8 - 1)) - one
-    kth = _kth_magnitude(bits, count, k)
-    above = 0
-    for i in range(count):
-        above += np.uint64(bits[i]) & magnitude > kth
-    ties = k - above
-    bound = abs(values[0])
+    kth, ties = _kth_magnitude(values, count, k, _ALL_DIGITS)
     kept = 0
     for i in range(count):
-        pattern = np.uint64(bits[i]) & magnitude
-        if pattern == kth:
-            bound = abs(values[i])
-            ties -= 1
+        index, value = indices[i], values[i]
+        pattern = magnitude_bits(value)
+        ties -= pattern == kth
         if pattern > kth or (pattern == kth and ties >= 0):
-            indices[kept] = indices[i]
-            values[kept] = values[i]
+            indices[kept] = index
+            values[kept] = value
             kept += 1
-    return bound
+        else:
+            residual[index] = value
+    return from_bits(kth, values)
 
 
 # ---------------------------------------------------------- accumulate and compact
+
+
+@_jit
+def _accumulate(
+    residual: Any,
+    gradient: Any,
+    stride: int,
+    first: int,
+    stop: int,
+    bound: Any,
+    blocks: Any,
+    masks: Any,
+) -> int:
+    """Overwrites residual[first:stop] with residual + gradient.
+
+    Notes the blocks of 16 in which something reaches the bound or is not finite. No
+    branch: hits are rare and come at random, so branches would be mispredicted.
+
+    Returns how many blocks were noted.
+    """
+    noted = 0
+    whole = stop - (stop - first) % LANES
+    for at in range(first, whole, LANES):
+        mask = accumulate16(residual, at, residual, at, gradient, at * stride, bound)
+        blocks[noted] = at
+        masks[noted] = mask
+        noted += mask != 0
+    if whole < stop:  # the last elements, in lanes of their own
+        left = stop - whole
+        padded = np.zeros(LANES, residual.dtype)
+        added = np.zeros(LANES, gradient.dtype)
+        for i in range(left):
+            padded[i] = residual[whole + i]
+            added[i] = gradient[(whole + i) * stride]
+        mask = accumulate16(padded, 0, padded, 0, added, 0, bound)
+        for i in range(left):
+            residual[whole + i] = padded[i]
+        real = (np.uint64(1) << np.uint64(left)) - np.uint64(1)
+        blocks[noted] = whole
+        masks[noted] = mask & (real | (real << np.uint64(LANES)))
+        noted += masks[noted] != 0
+    return noted
 
 
 @_jit
@@ -111,77 +157,94 @@ def _compact(
     limit: int,
     indices: Any,
     values: Any,
-    bits: Any,
 ) -> Any:
-    """Overwrites residual[first:stop] with residual + gradient; collects candidates.
+    """Overwrites residual[first:stop] with residual + gradient less the candidates.
 
-    Returns how many candidates lie in the buffers and how many sums were not finite.
-    With stride 0 the gradient is 16 times -0.0, which leaves every residual as it is.
+    Candidates reach the bound; they move to the buffers while still in cache. With
+    stride 0 the gradient is 16 times -0.0, which leaves every residual as it is.
+
+    Returns how many candidates there are and how many sums were not finite.
     """
     count = 0
     nonfinite = 0
     capacity = indices.size - LANES
-    tail = stop - (stop - first) % LANES
-    padded = np.zeros(LANES, residual.dtype)
-    padded_gradient = np.zeros(LANES, gradient.dtype)
-    for at in range(first, stop, LANES):
-        if at < tail:
-            mask = accumulate16(residual, at, gradient, at * stride, bound)
-        else:
-            for i in range(stop - tail):
-                padded[i] = residual[at + i]
-                padded_gradient[i] = gradient[(at + i) * stride]
-            mask = accumulate16(padded, 0, padded_gradient, 0, bound)
-            real = (np.uint64(1) << np.uint64(stop - tail)) - np.uint64(1)
-            mask &= real | (real << np.uint64(LANES))
-            for i in range(stop - tail):
-                residual[at + i] = padded[i]
-        if mask:
+    blocks = np.empty(_STRETCH // LANES + 1, np.int64)
+    masks = np.empty(_STRETCH // LANES + 1, np.uint64)
+    for low in range(first, stop, _STRETCH):
+        high = min(low + _STRETCH, stop)
+        noted = _accumulate(residual, gradient, stride, low, high, bound, blocks, masks)
+        for note in range(noted):
             if count > capacity:
-                bound = _keep_largest(indices, values, bits, count, limit)
+                bound = _keep_largest(residual, indices, values, count, limit)
                 bound = np.nextafter(bound, residual.dtype.type(np.inf))
                 count = limit
-            nonfinite += bit_count(mask >> np.uint64(LANES))
-            hits = mask & np.uint64(0xFFFF)
+            nonfinite += bit_count(masks[note] >> np.uint64(LANES))
+            hits = masks[note] & np.uint64(0xFFFF)
             while hits:
-                i = at + lowest_bit(hits)
+                i = blocks[note] + lowest_bit(hits)
                 if abs(residual[i]) >= bound:
                     indices[count] = i
                     values[count] = residual[i]
+                    residual[i] = 0
                     count += 1
                 hits &= hits - np.uint64(1)
     return count, nonfinite
 
 
 @_jit
-def _estimate(residual: Any, gradient: Any, runs: int, rank: int, sample: Any) -> Any:
-    """The rank-th largest magnitude of a sample of the sums, in runs of 16."""
-    values, bits = sample
-    blocks = residual.size // LANES
+def _estimate(residual: Any, gradient: Any, stride: int, k: int, wide: int) -> Any:
+    """A magnitude that some more than k of the sums reach, from a sample in short runs.
+
+    0, which all reach, where sampling costs more than it saves. The wider, the lower.
+    """
+    n = residual.size
+    runs = min(max(n // (128 * _RUN), 32), 2048)
+    expected = runs * _RUN * k / n
+    # two and a half standard deviations above the mean of a binomial count, and some
+    rank = int((expected + 2.5 * math.sqrt(expected) + 4) * wide)
+    if n <= _DIRECT or rank >= runs * _RUN:
+        return residual.dtype.type(0)
+    values = np.empty(runs * _RUN, residual.dtype)
+    places = n // _RUN
     infinity = residual.dtype.type(np.inf)
     for run in range(runs):
         # one run somewhere in each of `runs` equal strata: strides alone would beat
         # with the rows of a weight matrix
-        low = blocks * run // runs
-        high = blocks * (run + 1) // runs
+        low = places * run // runs
+        high = places * (run + 1) // runs
         jitter = (run * 2654435761) & 0xFFFFFFFF
-        at = (low + (jitter * (high - low) >> 32)) * LANES
-        for i in range(LANES):
-            values[run * LANES + i] = residual[at + i]
-        accumulate16(values, run * LANES, gradient, at, infinity)
-    kth = _kth_magnitude(bits, runs * LANES, rank)
-    one = np.uint64(1)
-    magnitude = (one << np.uint64(bits.itemsize * 8 - 1)) - one
-    for i in range(runs * LANES):
-        if np.uint64(bits[i]) & magnitude == kth:
-            return abs(values[i])
-    return residual.dtype.type(0)
+        at = (low + (jitter * (high - low) >> 32)) * _RUN
+        for i in range(0, _RUN, LANES):
+            place, source = run * _RUN + i, at + i
+            accumulate16(
+                values, place, residual, source, gradient, source * stride, infinity
+            )
+    kth, _ = _kth_magnitude(values, values.size, rank, 2)
+    return from_bits(kth, values)
 
 
 @_jit
-def _zero_at(residual: Any, indices: Any) -> None:
-    for i in range(indices.size):
-        residual[indices[i]] = 0
+def _select_top(
+    residual: Any, gradient: Any, nothing: Any, k: int, indices: Any, values: Any
+) -> Any:
+    """Overwrites residual with residual + gradient less its k largest entries.
+
+    The whole selection in one call: for small tensors calls cost more than work.
+
+    Returns how many sums were not finite; the entries are the first k of the buffers.
+    """
+    n = residual.size
+    bound = _estimate(residual, gradient, 1, k, 1)
+    count, nonfinite = _compact(residual, gradient, 1, 0, n, bound, k, indices, values)
+    wide = 4
+    while count < k:  # the sums are in the residual now: scan it again, adding nothing
+        _add_at(residual, indices[:count], values[:count])
+        bound = _estimate(residual, nothing, 0, k, wide)
+        count, _ = _compact(residual, nothing, 0, 0, n, bound, k, indices, values)
+        wide = n  # then every element is a candidate
+    if count > k:
+        _keep_largest(residual, indices, values, count, k)
+    return nonfinite
 
 
 @_jit
@@ -204,8 +267,10 @@ def _lane_view(gradient: Array) -> Array:
     return gradient.view(np.int16 if gradient.dtype == np.float16 else np.uint16)
 
 
-def _unsigned(values: Array) -> Array:
-    return values.view(np.uint32 if values.dtype == np.float32 else np.uint64)
+def _buffers(residual: Array, size: int, limit: int) -> tuple[Array, Array]:
+    """Room for the candidates among so many elements."""
+    room = min(size, 2 * limit + _SPARE) + LANES
+    return np.empty(room, np.int32), np.empty(room, residual.dtype)
 
 
 def _candidates(
@@ -215,9 +280,7 @@ def _candidates(
     size = residual.size
 
     def one_part(first: int, stop: int) -> Selected:
-        room = min(stop - first, 2 * limit + _SPARE) + LANES
-        indices = np.empty(room, np.int32)
-        values = np.empty(room, residual.dtype)
+        indices, values = _buffers(residual, stop - first, limit)
         count, nonfinite = _compact(
             residual,
             gradient,
@@ -228,7 +291,6 @@ def _candidates(
             limit,
             indices,
             values,
-            _unsigned(values),
         )
         return indices[:count], values[:count], nonfinite
 
@@ -239,25 +301,12 @@ def _candidates(
     return np.concatenate(indices), np.concatenate(values), sum(nonfinite)
 
 
-def _cut(indices: Array, values: Array, k: int) -> tuple[Array, Array]:
+def _cut(residual: Array, indices: Array, values: Array, k: int) -> tuple[Array, Array]:
+    """The k largest candidates; the others return to the residual."""
     if indices.size > k:
-        _keep_largest(indices, values, _unsigned(values), indices.size, k)
+        count = indices.size
+        _keep_largest(residual, indices, values, count, k)
     return indices[:k], values[:k]
-
-
-def _bounds(residual: Array, gradient: Array, k: int) -> Any:
-    """Falling bounds to try; the last, 0, is reached by every element."""
-    n, zero = residual.size, residual.dtype.type(0)
-    if n > _DIRECT:
-        runs = min(max(n // (64 * LANES), 128), 4096)
-        expected = runs * LANES * k / n
-        values = np.empty(runs * LANES, residual.dtype)
-        sample = (values, _unsigned(values))
-        # four standard deviations above the mean of a binomial count
-        for rank in (expected + 4 * math.sqrt(expected) + 3, 4 * expected + 64):
-            if rank < values.size:
-                yield _estimate(residual, gradient, runs, int(rank), sample)
-    yield zero
 
 
 # ------------------------------------------------------------- what the core calls
@@ -282,18 +331,20 @@ def select_top(residual: Array, gradient: Array, k: int) -> Selected:
         number of elements whose sum was not finite: they kept their residual.
     """
     lanes = _lane_view(gradient)
-    stride = 1
-    nonfinite = 0
-    for bound in _bounds(residual, lanes, k):
-        indices, values, wrong = _candidates(residual, lanes, stride, bound, k)
-        nonfinite += wrong
+    nothing = np.full(LANES, -0.0, residual.dtype)
+    if len(parts(residual.size, LANES)) == 1:
+        indices, values = _buffers(residual, residual.size, k)
+        nonfinite = _select_top(residual, lanes, nothing, k, indices, values)
+        return indices[:k], values[:k], nonfinite
+    bound = _estimate(residual, lanes, 1, k, 1)
+    indices, values, nonfinite = _candidates(residual, lanes, 1, bound, k)
+    for wide in (4, residual.size):
         if indices.size >= k:
             break
-        # the sums are in the residual now: scan it again, adding -0.0
-        lanes, stride = np.full(LANES, -0.0, residual.dtype), 0
-    indices, values = _cut(indices, values, k)
-    _zero_at(residual, indices)
-    return indices, values, nonfinite
+        _add_at(residual, indices, values)
+        bound = _estimate(residual, nothing, 0, k, wide)
+        indices, values, _ = _candidates(residual, nothing, 0, bound, k)
+    return *_cut(residual, indices, values, k), nonfinite
 
 
 def select_above(
@@ -303,9 +354,7 @@ def select_above(
     lanes = _lane_view(gradient)
     least = residual.dtype.type(bound)
     indices, values, nonfinite = _candidates(residual, lanes, 1, least, limit)
-    indices, values = _cut(indices, values, limit)
-    _zero_at(residual, indices)
-    return indices, values, nonfinite
+    return *_cut(residual, indices, values, limit), nonfinite
 
 
 def select_at(residual: Array, gradient: Array, indices: Array) -> Selected:

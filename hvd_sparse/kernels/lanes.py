@@ -96,20 +96,29 @@ def _mask(builder: Any, lanes: Any) -> Any:
 
 @intrinsic
 def accumulate16(
-    typingctx: Any, residual: Any, at: Any, gradient: Any, gradient_at: Any, bound: Any
+    typingctx: Any,
+    out: Any,
+    out_at: Any,
+    residual: Any,
+    at: Any,
+    gradient: Any,
+    gradient_at: Any,
+    bound: Any,
 ) -> Any:
-    """Overwrites residual[at : at + 16] with residual + gradient where that is finite.
+    """Overwrites 16 elements of out with residual + gradient where that is finite.
+
+    Where it is not, with the residual. out may be the residual itself.
 
     Returns one uint64: bits 0-15 mark lanes whose new magnitude is >= bound, bits 16-31
-    lanes whose sum was not finite and which therefore kept their residual.
+    lanes whose sum was not finite.
     """
     signature = types.uint64(
-        residual, types.int64, gradient, types.int64, residual.dtype
+        out, types.int64, residual, types.int64, gradient, types.int64, residual.dtype
     )
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        residual, at, gradient, gradient_at, bound = arguments
-        residual_type, gradient_type = signature.args[0], signature.args[2]
+        out, out_at, residual, at, gradient, gradient_at, bound = arguments
+        residual_type, gradient_type = signature.args[2], signature.args[4]
         element = context.get_value_type(residual_type.dtype)
         size = residual_type.dtype.bitwidth // 8
 
@@ -117,8 +126,7 @@ def accumulate16(
             data = context.make_array(array_type)(context, builder, array).data
             return builder.gep(data, [offset])
 
-        target = pointer(residual_type, residual, at)
-        old = _load(builder, target, element, size)
+        old = _load(builder, pointer(residual_type, residual, at), element, size)
         added = _gradient_lanes(
             builder,
             pointer(gradient_type, gradient, gradient_at),
@@ -131,6 +139,7 @@ def accumulate16(
             "<", _magnitude(builder, total, element), _constant(element, float("inf"))
         )
         kept = builder.select(finite, total, old)
+        target = pointer(signature.args[0], out, out_at)
         builder.store(kept, builder.bitcast(target, kept.type.as_pointer()), align=size)
         hit = builder.fcmp_ordered(
             ">=", _magnitude(builder, kept, element), _splat(builder, bound)
@@ -161,6 +170,34 @@ def bit_count(typingctx: Any, mask: Any) -> Any:
         return builder.ctpop(arguments[0])
 
     return types.int64(types.uint64), codegen
+
+
+@intrinsic
+def magnitude_bits(typingctx: Any, value: Any) -> Any:
+    """The bit pattern of |value| as a uint64; ordered as finite magnitudes are."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        width = signature.args[0].bitwidth
+        pattern = builder.bitcast(arguments[0], ir.IntType(width))
+        mask = ir.Constant(ir.IntType(width), (1 << (width - 1)) - 1)
+        magnitude = builder.and_(pattern, mask)
+        return magnitude if width == 64 else builder.zext(magnitude, _LONG)
+
+    return types.uint64(value), codegen
+
+
+@intrinsic
+def from_bits(typingctx: Any, pattern: Any, like: Any) -> Any:
+    """The magnitude with this uint64 bit pattern, as a float like the array's."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        float_type = signature.return_type
+        bits = arguments[0]
+        if float_type.bitwidth < 64:
+            bits = builder.trunc(bits, ir.IntType(float_type.bitwidth))
+        return builder.bitcast(bits, context.get_value_type(float_type))
+
+    return like.dtype(types.uint64, like), codegen
 
 
 @intrinsic
