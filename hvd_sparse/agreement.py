@@ -112,7 +112,8 @@ def _difference(rank: int, found: list, expected: list) -> str:  # type: ignore[
             return f"{name}: rank {rank} does not have it, expected shape {_t(row[1])}"
     for name, row in theirs.items():
         if name not in ours:
-            return f"{name}: rank {rank} has it, expected only {', '.join(ours)}"
+            only = ", ".join(ours) or "no tensor"
+            return f"{name}: rank {rank} has it, expected only {only}"
         for field, value, wanted in zip(ROW_FIELDS, row, ours[name], strict=True):
             if value != wanted and field != "k":
                 seen = f"{name}: rank {rank} has {field} {_t(value)}"

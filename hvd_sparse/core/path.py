@@ -312,13 +312,17 @@ class GradientPath:
             "configuration": self.configuration,
             "step": self.traffic.steps,
             "tensors": {
-                name: {
-                    "shape": tensor.shape,
-                    "dtype": tensor.dtype,
-                    "step": tensor.header.step,
-                    "residual": _copy(residuals.get(name), tensor.shape),
-                }
-                for name, tensor in self.tensors.items()
+                # loaded and not used since: still waiting, so still part of the state
+                **{name: _saved(**tensor) for name, tensor in self._loaded.items()},
+                **{
+                    name: _saved(
+                        tensor.shape,
+                        tensor.dtype,
+                        tensor.header.step,
+                        residuals.get(name),
+                    )
+                    for name, tensor in self.tensors.items()
+                },
             },
         }
 
@@ -361,6 +365,13 @@ class GradientPath:
             self.memory.residuals[name] = _copy(saved["residual"], (-1,))
         del self._loaded[name]
         return int(saved["step"])
+
+
+def _saved(
+    shape: tuple[int, ...], dtype: str, step: int, residual: Array | None
+) -> dict[str, Any]:
+    copied = _copy(residual, shape)
+    return {"shape": shape, "dtype": dtype, "step": step, "residual": copied}
 
 
 def _check_loaded(

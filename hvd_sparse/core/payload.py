@@ -117,6 +117,8 @@ def decode(buffer: Bytes, expected: Header, *, varies: bool = False) -> Selectio
         raise PayloadError(
             f"format {magic!r} version {version}, expected {_MAGIC!r} version {VERSION}"
         )
+    if flags & ~_NONFINITE:
+        raise PayloadError(f"flags {flags}, expected 0 or {_NONFINITE}")
     found = Header(layout, code, n, k, step, digest)
     wanted = expected._replace(dtype=DTYPES[str(expected.dtype)])
     if varies and 0 <= k <= expected.k:

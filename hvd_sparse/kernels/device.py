@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hvd_sparse.kernels import host
+from hvd_sparse.kernels.reference import check_indices
 
 Tensor = torch.Tensor
 Selected = tuple[Tensor, Tensor, int]
@@ -84,6 +85,9 @@ def aggregate(out: Tensor, payloads: list[tuple[Any, Any]], scale: float) -> Non
     The indices of one payload are distinct, so no two additions meet and the order of
     the sum is the order of the ranks.
     """
+    for indices, _ in payloads:
+        if not isinstance(indices, Tensor):  # what this rank drew itself needs no check
+            check_indices(indices, out.numel())
     total = out.zero_() if out.dtype.itemsize > 2 else zeros_like(out)
     for indices, values in payloads:
         add_at(total, indices, values)

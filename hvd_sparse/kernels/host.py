@@ -352,7 +352,8 @@ def select_above(
 ) -> Selected:
     """As select_top, for entries of magnitude >= bound, at most the limit largest."""
     lanes = _lane_view(gradient)
-    least = residual.dtype.type(bound)
+    with np.errstate(over="ignore"):  # beyond the residual's range nothing reaches it
+        least = residual.dtype.type(bound)
     indices, values, nonfinite = _candidates(residual, lanes, 1, least, limit)
     return *_cut(residual, indices, values, limit), nonfinite
 
@@ -410,8 +411,10 @@ def _aggregate(
             indices = carray(pointer_to(table[rank, 0], like), (count,))
             values = carray(pointer_to(table[rank, 1], out), (count,))
             cursor = cursors[rank]
-            while cursor < count and low <= indices[cursor] < high:
-                out[indices[cursor] - offset] += values[cursor]
+            last = low - 1
+            while cursor < count and last < indices[cursor] < high:
+                last = indices[cursor]
+                out[last - offset] += values[cursor]
                 cursor += 1
             touched |= cursor > cursors[rank]
             taken += cursor - cursors[rank]

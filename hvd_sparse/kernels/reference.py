@@ -50,7 +50,8 @@ def select_above(
     """As select_top, for entries of magnitude >= bound, at most the limit largest."""
     nonfinite = _accumulate(residual, gradient)
     chosen = _largest_first(residual)[:limit]
-    reach = np.abs(residual[chosen]) >= residual.dtype.type(bound)
+    with np.errstate(over="ignore"):
+        reach = np.abs(residual[chosen]) >= residual.dtype.type(bound)
     return *_take(residual, chosen[reach]), nonfinite
 
 
@@ -67,11 +68,24 @@ def add_at(residual: Array, indices: Array, values: Array) -> None:
 
 def aggregate(out: Array, payloads: list[tuple[Array, Array]], scale: float) -> None:
     """Overwrites out with scale * (payload_0 + payload_1 + ...), rank by rank."""
+    for indices, _ in payloads:
+        check_indices(indices, out.size)
     total = zeros_like(out)
     for indices, values in payloads:
         total[indices] += values
     with np.errstate(over="ignore"):
         out[...] = total * total.dtype.type(scale)
+
+
+def check_indices(indices: Array, n: int) -> None:
+    """Raise ValueError unless they ascend in [0, n)."""
+    inside = (indices >= 0) & (indices < n)
+    inside[1:] &= np.diff(indices) > 0
+    wrong = indices.size - np.count_nonzero(inside)
+    if wrong:
+        raise ValueError(
+            f"indices must ascend in [0, {n}), {wrong} of {indices.size} do not"
+        )
 
 
 def random_indices(n: int, k: int, seed: int) -> Array:

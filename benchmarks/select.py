@@ -1,0 +1,315 @@
+"""What selecting costs, as a multiple of torch.add_ on the same tensor in the same run.
+
+    python benchmarks/select.py             # everything, about 4 minutes
+    python benchmarks/select.py --quick     # a tenth of the elements: a check
+    python benchmarks/select.py --json FILE
+
+Every figure is a median over steps in which ours and torch.add_ take turns, on steady
+residuals: under error feedback magnitudes pile up just below the threshold, which fresh
+noise does not show. One thread unless a row says otherwise. The portable rows run in a
+process that is told the processor is a plain x86-64 (SSE2).
+"""
+
+# ruff: noqa: E402  # this folder hides the standard library's `select` from all below
+import sys
+
+sys.path = [folder for folder in sys.path if not folder.endswith("benchmarks")]
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+
+os.environ.setdefault("OMPI_MCA_ess_singleton_isolated", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from hvd_sparse import Never, TopK
+from hvd_sparse.core.sparsifiers import elements
+from hvd_sparse.kernels import host
+from hvd_sparse.mpi import SparseAllreduce
+
+RESNET50_ELEMENTS = 25_557_032
+POOL = 6  # gradients that take turns
+
+
+def main():
+    arguments = parse()
+    n = RESNET50_ELEMENTS // (10 if arguments.quick else 1)
+    rows = []
+    if arguments.portable:
+        for density in (0.001, 0.01):
+            rows.append(selection("portable", "normal", n, density))
+    else:
+        for density in (0.001, 0.01):
+            for kind in INPUTS:
+                rows.append(selection("native", kind, n, density))
+        rows += portable(arguments.quick)
+        rows += threads(n)
+        rows.append(whole_path(n))
+        rows.append(resnet50())
+        if not arguments.quick:
+            rows += published(n)
+    report(rows, arguments)
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer elements")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there too")
+    parser.add_argument("--portable", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+# -------------------------------------------------------------------------- inputs
+
+
+def normal(rng, n):
+    return rng.standard_normal(n, dtype=np.float32)
+
+
+def laplace(rng, n):
+    return (rng.standard_exponential(n, dtype=np.float32)) * np.sign(normal(rng, n))
+
+
+def layers(rng, n):
+    """100 layers of equal size whose scales are lognormal (sigma 2)."""
+    scales = np.random.default_rng(1).lognormal(sigma=2.0, size=100)
+    return normal(rng, n) * np.repeat(scales, -(-n // 100))[:n].astype(np.float32)
+
+
+INPUTS = {"normal": normal, "laplace": laplace, "100 layers": layers}
+
+
+def pool(kind, n):
+    rng = np.random.default_rng(0)
+    return [INPUTS[kind](rng, n) for _ in range(POOL)]
+
+
+# --------------------------------------------------------------------- measurements
+
+
+class Misses:
+    """Counts the passes over memory that one step needs; more than one is a miss."""
+
+    def __enter__(self):
+        self.original, self.passes = host._candidates, 0
+
+        def counting(*arguments):
+            self.passes += 1
+            return self.original(*arguments)
+
+        host._candidates = counting
+        return self
+
+    def __exit__(self, *error):
+        host._candidates = self.original
+
+
+def interleaved(ours, n, steps):
+    """Seconds of each step of ours and of torch.add_ on n elements, in turns."""
+    torch.set_num_threads(1)
+    total, gradient = torch.zeros(n), torch.ones(n)
+    times, floor = [], []
+    for step in range(steps):
+        start = time.perf_counter()
+        ours(step)
+        middle = time.perf_counter()
+        total.add_(gradient)
+        times.append(middle - start)
+        floor.append(time.perf_counter() - middle)
+    return times, floor
+
+
+def row(what, detail, density, times, floor, target, **more):
+    add = statistics.median(floor)
+    mid = statistics.median(times)
+    return {
+        "what": what,
+        "detail": detail,
+        "density": density,
+        "ratio": mid / add,
+        "target": target,
+        "slowest_over_median": max(times) / mid,
+        "add_ms": add * 1e3,
+        **more,
+    }
+
+
+def settle(residual, gradients, k, density):
+    """Reach the steady state: about 1 / density steps, 300 at the most."""
+    for step in range(min(300, round(1 / density))):
+        host.select_top(residual, gradients[step % POOL], k)
+
+
+def selection(path, kind, n, density, steps=40):
+    gradients, k = pool(kind, n), elements(density, n)
+    residual = np.zeros(n, np.float32)
+    settle(residual, gradients, k, density)
+    with Misses() as misses:
+        times, floor = interleaved(
+            lambda step: host.select_top(residual, gradients[step % POOL], k), n, steps
+        )
+    target = {
+        ("native", 0.001): 1.5,
+        ("native", 0.01): 2.2,
+        ("portable", 0.001): 2.5,
+        ("portable", 0.01): 3.5,
+    }[path, density]
+    what = f"accumulate + TopK + residual, {path}"
+    missed = misses.passes - steps
+    return row(what, kind, density, times, floor, target, missed=missed)
+
+
+def portable(quick):
+    """The same in a process whose compiler knows nothing beyond SSE2."""
+    environment = {**os.environ, "NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""}
+    command = [sys.executable, __file__, "--portable", "--json", "/dev/stdout"]
+    command += ["--quick"] if quick else []
+    run = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    )
+    return json.loads(run.stdout.splitlines()[-1])["rows"]
+
+
+def threads(n, density=0.001):
+    """Two threads against one, in turns; the bits must be the same."""
+    gradients, k = pool("normal", n), elements(density, n)
+    residuals = {1: np.zeros(n, np.float32), 2: np.zeros(n, np.float32)}
+    times = {1: [], 2: []}
+    for step in range(60):
+        found = {}
+        for count in (1, 2):
+            os.environ["OMP_NUM_THREADS"] = str(count)
+            start = time.perf_counter()
+            found[count] = host.select_top(residuals[count], gradients[step % POOL], k)
+            times[count].append(time.perf_counter() - start)
+        for one, two in zip(found[1][:2], found[2][:2], strict=True):
+            assert one.tobytes() == two.tobytes()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    assert residuals[1].tobytes() == residuals[2].tobytes()
+    what = "two threads over one thread, same bits"
+    return [row(what, "normal", density, times[2][20:], times[1][20:], 1.0)]
+
+
+def whole_path(n, density=0.001, steps=40):
+    gradients, out = pool("normal", n), np.empty(n, np.float32)
+    with SparseAllreduce(TopK(density), comm=MPI.COMM_SELF, dense=Never()) as reduce:
+
+        def step_of(step):
+            reduce.allreduce("gradient", gradients[step % POOL], out=out)
+
+        for step in range(300):
+            step_of(step)
+        times, floor = [], []
+        for step in range(steps):
+            out.fill(step)  # the caller's own use of it: nothing may be left over
+            once, add = interleaved(lambda _, now=step: step_of(now), n, 1)
+            times += once
+            floor += add
+            k = elements(density, n)
+            assert np.count_nonzero(out) <= k, "an element was not written"
+    return row("whole path, one allreduce", "normal", density, times, floor, 2.5)
+
+
+def resnet50_shapes():
+    """The 161 parameters of ResNet-50."""
+    shapes, width = [(64, 3, 7, 7), (64,), (64,)], 64
+    for planes, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            wide = 4 * planes
+            shapes += [(planes, width, 1, 1), (planes,), (planes,)]
+            shapes += [(planes, planes, 3, 3), (planes,), (planes,)]
+            shapes += [(wide, planes, 1, 1), (wide,), (wide,)]
+            if block == 0:
+                shapes += [(wide, width, 1, 1), (wide,), (wide,)]
+            width = wide
+    return [*shapes, (1000, 2048), (1000,)]
+
+
+def resnet50(density=0.001, steps=40):
+    shapes = resnet50_shapes()
+    rng = np.random.default_rng(0)
+    gradients = [
+        {
+            f"{i:03}": normal(rng, int(np.prod(s))).reshape(s)
+            for i, s in enumerate(shapes)
+        }
+        for _ in range(POOL)
+    ]
+    out = {name: np.empty_like(array) for name, array in gradients[0].items()}
+    with SparseAllreduce(TopK(density), comm=MPI.COMM_SELF, dense=Never()) as reduce:
+
+        def step_of(step):
+            reduce.grouped_allreduce(gradients[step % POOL], out)
+
+        for step in range(300):
+            step_of(step)
+        times, floor = interleaved(step_of, RESNET50_ELEMENTS, steps)
+    detail = f"{len(shapes)} tensors of ResNet-50"
+    return row("whole path, grouped_allreduce", detail, density, times, floor, 3.0)
+
+
+def published(n, density=0.001, steps=7):
+    """How others select, each with its own residual update; no target."""
+    k = elements(density, n)
+    gradients = [torch.from_numpy(g) for g in pool("normal", n)]
+    residual = torch.zeros(n)
+
+    def torch_topk(step):
+        residual.add_(gradients[step % POOL])
+        _, indices = torch.topk(residual.abs(), k, sorted=False)
+        values = residual[indices]
+        residual[indices] = 0
+        return indices, values
+
+    array = np.zeros(n, np.float32)
+
+    def argpartition(step):
+        np.add(array, gradients[step % POOL].numpy(), out=array)
+        indices = np.argpartition(np.abs(array), n - k)[n - k :]
+        values = array[indices]
+        array[indices] = 0
+        return indices, values
+
+    rows = []
+    for name, function in (("torch.topk", torch_topk), ("argpartition", argpartition)):
+        times, floor = interleaved(function, n, steps)
+        rows.append(row(f"{name} + residual", "normal", density, times, floor, None))
+    return rows
+
+
+# --------------------------------------------------------------------------- report
+
+
+def machine():
+    with open("/proc/cpuinfo") as file:
+        lines = [line.split(":")[1].strip() for line in file if "model name" in line]
+    return f"{lines[0] if lines else platform.machine()}, {os.cpu_count()} cores"
+
+
+def report(rows, arguments):
+    if arguments.json != "/dev/stdout":
+        print(f"{machine()}; ratio: times torch.add_, medians of steps in turns")
+        for line in rows:
+            target = f"<= {line['target']}" if line["target"] else ""
+            density = f"{line['density']:.1%}"
+            missed = f"  missed {line['missed']}" if "missed" in line else ""
+            print(
+                f"{line['what']:42} {line['detail']:24} {density:>5} "
+                f"{line['ratio']:6.2f} {target:7} slowest/median "
+                f"{line['slowest_over_median']:.2f}{missed}"
+            )
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            file.write(json.dumps({"machine": machine(), "rows": rows}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""What the tests of the laws share: tables, gradients, and N ranks in one process.
+
+Adding a sparsifier, a dtype or a kind of kernel adds a row to a table here.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+from hvd_sparse import Average, Never, RandomK, Selection, Threshold, TopK
+from hvd_sparse.core.path import Flight, GradientPath
+from hvd_sparse.core.payload import INDEXED, decode
+from hvd_sparse.kernels import device, host, reference
+
+# ---------------------------------------------------------------------- arrays
+
+
+def as_numpy(array: Any) -> np.ndarray:
+    """A numpy array over the memory of an array of any kind."""
+    if isinstance(array, np.ndarray):
+        return array
+    if array.dtype is torch.bfloat16:
+        return array.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return array.numpy()
+
+
+def as_torch(array: np.ndarray) -> torch.Tensor:
+    """A CPU tensor of the same strides; over the same memory where torch takes it."""
+    if not (array.flags.aligned and array.flags.writeable):
+        array = array.copy()
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def bits(array: Any) -> np.ndarray:
+    """The bit patterns, by which -0.0 differs from 0.0 and NaN equals itself."""
+    array = np.ascontiguousarray(as_numpy(array))
+    return array.reshape(-1).view(f"u{array.itemsize}")
+
+
+def same_bits(found: Any, expected: Any) -> None:
+    found, expected = as_numpy(found), as_numpy(expected)
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    np.testing.assert_array_equal(bits(found), bits(expected))
+
+
+def wide(dtype: np.dtype) -> np.dtype:
+    """What residuals, wire values and sums of a gradient of this dtype have."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+# ---------------------------------------------------------------------- tables
+
+
+class TakesTurns(NamedTuple):
+    """A user's own sparsifier: `select` and nothing else. Takes turns, 1 in stride."""
+
+    stride: int
+
+    def select(self, residual: Any, gradient: Any, k: int, step: int) -> Selection:
+        kept, added = as_numpy(residual), as_numpy(gradient)
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = kept + added.astype(kept.dtype)
+        finite = np.isfinite(total)
+        kept[finite] = total[finite]
+        turn = np.arange(step % self.stride, kept.size, self.stride, np.int32)[:k]
+        values = kept[turn]
+        kept[turn] = 0
+        return Selection(turn, values, int(kept.size - finite.sum()))
+
+
+# per name, the sparsifier that takes about this share of a gradient; 1 takes it all
+SPARSIFIERS: dict[str, Callable[[float], Any]] = {
+    "TopK": lambda share: TopK(density=share),
+    "RandomK": lambda share: RandomK(density=share, seed=7),
+    # the share of a Laplace distribution beyond t is exp(-t)
+    "Threshold": lambda share: Threshold(value=max(-math.log(share), 5e-324)),
+    "custom": lambda share: TakesTurns(stride=math.ceil(1 / share)),
+}
+
+DTYPES = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+    "float64": np.dtype(np.float64),
+}
+
+
+class Kernels(NamedTuple):
+    """Hot loops, and how an array of the kind they take is made from numpy's."""
+
+    module: Any
+    array: Callable[[np.ndarray], Any]
+
+    def __repr__(self) -> str:
+        return self.module.__name__
+
+
+KERNELS = {
+    "reference": Kernels(reference, lambda array: array),
+    "host": Kernels(host, lambda array: array),
+    "device": Kernels(device, as_torch),
+}
+
+
+# ---------------------------------------------------------------- what to reduce
+
+SHAPES = [(), (0,), (2, 0), (1,), (1, 1, 1), (2,), (15,), (16,), (3, 11), (257,)]
+SAMPLED_SHAPES = [(64, 65), (4097,), (9973,)]  # large enough for an estimate
+
+
+def _subnormals(rng: np.random.Generator, n: int, dtype: np.dtype) -> np.ndarray:
+    least = ml_dtypes.finfo(dtype).smallest_subnormal
+    return rng.integers(-4, 5, n).astype(dtype) * least
+
+
+def _extremes(rng: np.random.Generator, n: int, dtype: np.dtype) -> np.ndarray:
+    info = ml_dtypes.finfo(dtype)
+    # sums of several steps and ranks stay finite
+    most = float(info.max) / 64
+    least = float(info.smallest_subnormal)
+    tiny = float(info.smallest_normal)
+    return rng.choice([0.0, -0.0, 1, -1, most, -most, least, -least, tiny, -tiny], n)
+
+
+def _layers(rng: np.random.Generator, n: int) -> np.ndarray:
+    scales = rng.lognormal(0, 2, 10).repeat(-(-n // 10))[:n]
+    return scales * rng.normal(size=n)
+
+
+STYLES: dict[str, Callable[[np.random.Generator, int, np.dtype], np.ndarray]] = {
+    "normal": lambda rng, n, dtype: rng.normal(size=n),
+    "Laplace": lambda rng, n, dtype: rng.laplace(size=n),
+    "heavy tails": lambda rng, n, dtype: rng.standard_cauchy(n).clip(-900, 900),
+    "layers": lambda rng, n, dtype: _layers(rng, n).clip(-900, 900),
+    "one flat tie": lambda rng, n, dtype: np.full(n, -1.5),
+    "ties of both signs": lambda rng, n, dtype: rng.choice([-1.5, 1.5], n),
+    "few values": lambda rng, n, dtype: rng.integers(-2, 3, n) / 2,
+    "zeros": lambda rng, n, dtype: np.zeros(n),
+    "negative zeros": lambda rng, n, dtype: np.full(n, -0.0),
+    "almost zeros": lambda rng, n, dtype: rng.choice([0.0, -0.0, 1e-3], n),
+    "subnormals": _subnormals,
+    "extremes": _extremes,
+    "ascending": lambda rng, n, dtype: np.arange(n) / 64,
+    "descending": lambda rng, n, dtype: np.arange(n, 0, -1) / 64,
+    "one spike": lambda rng, n, dtype: np.arange(n) == rng.integers(max(n, 1)),
+}
+
+LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "contiguous": lambda array: array,
+    "Fortran": lambda array: array.copy(order="F"),
+    "strided": lambda array: (
+        np.repeat(array, 2, axis=-1)[..., ::2] if array.ndim else array
+    ),
+    "read-only": lambda array: _read_only(array),
+    "misaligned": lambda array: _misaligned(array),
+}
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array
+
+
+def _misaligned(array: np.ndarray) -> np.ndarray:
+    data = np.frombuffer(b"\1" + array.tobytes(), np.uint8)[1:]
+    return np.ndarray(array.shape, array.dtype, data.data) if data.size else array
+
+
+class Kind(NamedTuple):
+    """All that a gradient is made from: small enough to read in a failure."""
+
+    shape: tuple[int, ...]
+    style: str
+    layout: str
+    seed: int
+
+    def make(self, dtype: np.dtype, *place: int) -> np.ndarray:
+        """The gradient of this (step, rank)."""
+        rng = np.random.default_rng((self.seed, *place))
+        values = STYLES[self.style](rng, math.prod(self.shape), dtype)
+        return LAYOUTS[self.layout](values.astype(dtype).reshape(self.shape))
+
+
+def kinds(
+    shapes: Sequence[tuple[int, ...]] = (*SHAPES, *SAMPLED_SHAPES),
+    styles: Sequence[str] = tuple(STYLES),
+    layouts: Sequence[str] = tuple(LAYOUTS),
+) -> st.SearchStrategy[Kind]:
+    return st.builds(
+        Kind,
+        st.sampled_from(shapes),
+        st.sampled_from(styles),
+        st.sampled_from(layouts),
+        st.integers(0, 2**32 - 1),
+    )
+
+
+SIZES = st.integers(1, 4)
+
+
+def shares() -> st.SearchStrategy[float]:
+    return st.sampled_from([0.001, 0.01, 0.1, 0.5, 1])
+
+
+# ------------------------------------------------------------- ranks in one process
+
+
+@dataclass
+class Loopback:
+    """One rank's end of a list that joins N ranks in one process."""
+
+    rank: int
+    wires: list[dict[str, list[Any]]]  # per rank and name, all that was ever sent
+
+    @property
+    def size(self) -> int:
+        return len(self.wires)
+
+    def start(self, name: str, payload: Any) -> tuple[str, int]:
+        sent = self.wires[self.rank].setdefault(name, [])
+        sent.append(payload)
+        return name, len(sent) - 1
+
+    def finish(self, handle: tuple[str, int]) -> list[Any]:
+        name, place = handle
+        return [wire[name][place] for wire in self.wires]
+
+    def start_dense(self, name: str, gradient: Any) -> tuple[str, int]:
+        return self.start(name, np.array(as_numpy(gradient)))
+
+    def finish_dense(self, handle: tuple[str, int]) -> tuple[np.ndarray, int]:
+        gradients = self.finish(handle)
+        total = np.zeros(gradients[0].size, wide(gradients[0].dtype))
+        for gradient in gradients:
+            total += gradient.astype(total.dtype)
+        return total, total.nbytes
+
+
+def loopback(size: int) -> list[Loopback]:
+    """The ends of N ranks: all send, then all receive."""
+    wires: list[dict[str, list[Any]]] = [{} for _ in range(size)]
+    return [Loopback(rank, wires) for rank in range(size)]
+
+
+class Ranks:
+    """N gradient paths in lock step, and what each of them sent last."""
+
+    def __init__(
+        self, size: int, sparsifier: Any, *, op: int = Average, dense: Any = None
+    ) -> None:
+        self.paths = [
+            GradientPath(sparsifier, end, op=op, dense=dense or Never())
+            for end in loopback(size)
+        ]
+        self.sent: list[Selection] = []
+
+    def residuals(self, name: str = "w") -> list[np.ndarray]:
+        """Copies, one a rank, flat; call it after the first step."""
+        return [as_numpy(p.memory.residuals[name]).copy() for p in self.paths]
+
+    def step(self, gradients: Sequence[Any], name: str = "w") -> list[np.ndarray]:
+        """One exchange; what each rank hands back, in memory that held other things."""
+        sends = zip(self.paths, gradients, strict=True)
+        flights = [path.send(name, gradient) for path, gradient in sends]
+        self.sent = list(map(_on_the_wire, self.paths, flights))
+        outs = [_used_memory(gradient) for gradient in gradients]
+        for path, flight, out in zip(self.paths, flights, outs, strict=True):
+            assert path.receive(flight, out) is out
+            path.traffic.steps += 1
+        return [as_numpy(out) for out in outs]
+
+    def assert_all_went_sparse(self) -> None:
+        """By the traffic: what was handed over is payloads and nothing else."""
+        for path in self.paths:
+            wire = path.exchange.wires[path.exchange.rank]
+            assert set(path.traffic.tensors) == set(wire)
+            for name, traffic in path.traffic.tensors.items():
+                assert traffic.route == "sparse"
+                assert traffic.sent_bytes == sum(sent.size for sent in wire[name])
+
+
+def _on_the_wire(path: GradientPath, flight: Flight) -> Selection:
+    """What the other ranks read from this rank's payload; nothing if it went dense."""
+    if flight.selection is None:
+        return Selection(np.empty(0), np.empty(0), 0)
+    name, place = flight.handle
+    buffer = path.exchange.wires[path.exchange.rank][name][place]
+    found = decode(buffer, flight.tensor.header, varies=flight.tensor.varies)
+    if flight.tensor.header.layout == INDEXED:
+        return found
+    return found._replace(indices=as_numpy(flight.selection.indices))
+
+
+def _used_memory(gradient: Any) -> Any:
+    shape, dtype = tuple(gradient.shape), as_numpy(gradient.flatten()).dtype
+    out = np.full(shape, 7).astype(dtype)
+    return out if isinstance(gradient, np.ndarray) else as_torch(out)
