@@ -90,6 +90,9 @@ class MpiExchange:
         self.message_bytes = 1 << 30  # collectives count in C ints: split above this
         self.overhead_bytes = 0
         self._refusal = ""
+        # kept from step to step: fresh pages cost more than the copy into them
+        self._buffers = {t: np.empty(0, t) for t in (np.float32, np.float64)}
+        self._words = np.empty(0, np.int64)
         self._forget()
         _watch(self)
 
@@ -203,11 +206,12 @@ class MpiExchange:
         self, rows: Sequence[Row], configuration: str
     ) -> Generator[list[Request], None, None]:
         """The protocol of a step; yields the requests it waits for."""
-        blob = _frame(self._payloads)
-        dense = _by_dtype(self._dense)
+        sizes = np.array([payload.nbytes for payload in self._payloads], np.int64)
+        dense = self._buffers
+        _side_by_side(self._dense, dense)
         header = StepHeader(
             self.step,
-            blob.nbytes,
+            sizes.nbytes + int(sizes.sum()),
             dense[np.float32].size,
             dense[np.float64].size,
             digest(rows, configuration),
@@ -220,8 +224,12 @@ class MpiExchange:
             table = pack_table(rows, configuration, self.step)
             raise ExchangeError(disagreement((yield from self._tables(table))))
         counts = [other.payload_bytes // _WORD for other in headers]
-        received = np.empty(sum(counts), np.int64)
-        yield from self._gather(blob, counts, received)
+        if self._words.size != sum(counts):
+            self._words = np.empty(sum(counts), np.int64)
+        received = self._words
+        start = sum(counts[: self.rank])
+        _frame(sizes, self._payloads, received[start : start + counts[self.rank]])
+        yield from self._gather(received, counts)
         yield from self._reduce([array for array in dense.values() if array.size])
         self._received = _unframe(received, counts, len(self._payloads))
         self._sums = _as_started(self._dense, dense)
@@ -242,9 +250,9 @@ class MpiExchange:
             raise ExchangeError(str(error)) from None
 
     def _gather(
-        self, blob: Array, counts: list[int], received: Array
+        self, received: Array, counts: list[int]
     ) -> Generator[list[Request], None, None]:
-        """Iallgatherv in rounds of at most message_bytes from each rank."""
+        """Iallgatherv in place, in rounds of at most message_bytes from each rank."""
         mpi = _mpi()
         room = max(1, self.message_bytes // _WORD)
         starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
@@ -254,11 +262,9 @@ class MpiExchange:
                 int(start + done) if n else 0
                 for start, n in zip(starts, now, strict=True)
             ]
-            own = blob[done : done + now[self.rank]]
             yield [
                 self._comm.Iallgatherv(
-                    [own, own.size, mpi.INT64_T],
-                    [received, now, places, mpi.INT64_T],
+                    mpi.IN_PLACE, [received, now, places, mpi.INT64_T]
                 )
             ]
 
@@ -350,10 +356,9 @@ def _names(rows: Sequence[Row]) -> str:
     return f"{names[0]} (and {len(names) - 1} more tensors)"
 
 
-def _frame(payloads: list[Array]) -> Array:
-    """All payloads of a rank as one array of words: their sizes, then their bytes."""
-    sizes = np.array([payload.nbytes for payload in payloads], np.int64)
-    return np.concatenate([sizes, *(p.view(np.int64) for p in payloads)])
+def _frame(sizes: Array, payloads: list[Array], out: Array) -> None:
+    """Overwrites out, words, with the payloads of a rank: their sizes, their bytes."""
+    np.concatenate([sizes, *(p.view(np.int64) for p in payloads)], out=out)
 
 
 def _unframe(received: Array, counts: list[int], payloads: int) -> list[list[Array]]:
@@ -372,15 +377,15 @@ def _unframe(received: Array, counts: list[int], payloads: int) -> list[list[Arr
     return table
 
 
-def _by_dtype(tensors: list[Array]) -> dict[Any, Array]:
-    """Dense tensors side by side: 16-bit and float32 as float32, and float64."""
-    buffers = {}
+def _side_by_side(tensors: list[Array], buffers: dict[Any, Array]) -> None:
+    """Fill the buffers: 16-bit and float32 tensors as float32, and float64 ones."""
     for dtype in (np.float32, np.float64):
         alike = [t for t in tensors if (t.dtype == np.float64) == (dtype is np.float64)]
-        buffer = np.empty(sum(t.size for t in alike), dtype)
-        np.concatenate(alike, out=buffer, casting="unsafe") if alike else None
-        buffers[dtype] = buffer
-    return buffers
+        size = sum(tensor.size for tensor in alike)
+        if buffers[dtype].size != size:
+            buffers[dtype] = np.empty(size, dtype)
+        if alike:
+            np.concatenate(alike, out=buffers[dtype], casting="unsafe")
 
 
 def _as_started(tensors: list[Array], buffers: dict[Any, Array]) -> list[Array]:
@@ -575,12 +580,13 @@ class SparseAllreduce:
         with self._nothing_lost():
             self._exchange.close_step()
         outs = dict(self._outs)
-        for flight in self._flights:
-            out = outs[flight.tensor.name]
-            target = _contiguous(out)
-            self._path.receive(flight, target)
-            if target is not out:
-                out[...] = target
+        with self._nothing_lost():
+            for flight in self._flights:
+                out = outs[flight.tensor.name]
+                target = _contiguous(out)
+                self._path.receive(flight, target)
+                if target is not out:
+                    out[...] = target
         self.gathered = {
             n: list(self._exchange.finish(h)) for n, h in self._blobs.items()
         }

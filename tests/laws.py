@@ -227,7 +227,7 @@ class Loopback:
 
     def start(self, name: str, payload: Any) -> tuple[str, int]:
         sent = self.wires[self.rank].setdefault(name, [])
-        sent.append(payload)
+        sent.append(payload.copy())  # the path reuses its memory
         return name, len(sent) - 1
 
     def finish(self, handle: tuple[str, int]) -> list[Any]:
@@ -290,14 +290,14 @@ class Ranks:
 
 def _on_the_wire(path: GradientPath, flight: Flight) -> Selection:
     """What the other ranks read from this rank's payload; nothing if it went dense."""
-    if flight.selection is None:
+    if flight.tensor.dense:
         return Selection(np.empty(0), np.empty(0), 0)
     name, place = flight.handle
     buffer = path.exchange.wires[path.exchange.rank][name][place]
     found = decode(buffer, flight.tensor.header, varies=flight.tensor.varies)
     if flight.tensor.header.layout == INDEXED:
         return found
-    return found._replace(indices=as_numpy(flight.selection.indices))
+    return found._replace(indices=as_numpy(flight.indices))
 
 
 def _used_memory(gradient: Any) -> Any:

@@ -91,7 +91,10 @@ class Exchange(Protocol):
     size: int
 
     def start(self, name: str, payload: Array) -> Any:
-        """Begin to gather one payload a rank; returns a handle."""
+        """Begin to gather one payload a rank; returns a handle.
+
+        The payload keeps its bytes until finish; the next one takes their place.
+        """
         ...
 
     def finish(self, handle: Any) -> Sequence[Array]:

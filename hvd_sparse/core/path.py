@@ -33,6 +33,7 @@ from hvd_sparse.core.payload import (
     DTYPES,
     INDEXED,
     VALUES_ONLY,
+    Bytes,
     Header,
     decode,
     encode,
@@ -55,6 +56,8 @@ class Tensor:
         header: what travels with each payload; k is the most where `varies`.
         varies: the sparsifier chooses k from local data.
         dense: this tensor takes the library's own allreduce.
+        payload: the last one's bytes; their memory serves the next.
+        in_flight: sent and not received yet.
     """
 
     name: str
@@ -66,6 +69,27 @@ class Tensor:
     header: Header
     varies: bool
     dense: bool
+    payload: Bytes | None = None
+    in_flight: bool = False
+
+    def check(self, selection: Selection) -> None:
+        """What a custom sparsifier may get wrong, before it becomes a payload.
+
+        Raises:
+            ValueError: indices are not int32, or there are not k of them.
+        """
+        indices, values = selection.indices, selection.values
+        count, k = indices.shape[0], self.header.k
+        if str(indices.dtype).removeprefix("torch.") != "int32":
+            raise ValueError(f"{self.name}: indices must be int32, got {indices.dtype}")
+        if count != k if not self.varies else count > k:
+            most = "at most " if self.varies else ""
+            raise ValueError(f"{self.name}: {most}{k} must be selected, got {count}")
+        if values.shape[0] != count:
+            raise ValueError(
+                f"{self.name}: {count} indices were selected, but {values.shape[0]} "
+                "values"
+            )
 
     @property
     def route(self) -> str:
@@ -75,10 +99,14 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Flight:
-    """One gradient between send and receive."""
+    """One gradient between send and receive.
+
+    Attributes:
+        indices: where every rank knows them, so that they do not travel.
+    """
 
     tensor: Tensor
-    selection: Selection | None  # None: went dense
+    indices: Array | None
     handle: Any
 
 
@@ -134,12 +162,15 @@ class GradientPath:
 
         Raises:
             TypeError: the gradient is not floating.
-            ValueError: its shape or dtype changed, or it is too large.
+            ValueError: its shape or dtype changed, it is too large, or a custom
+                sparsifier selected something else than asked.
         """
         tensor = self._admit(name, gradient)
         if tensor.dense:
             handle = self.exchange.start_dense(name, _flat(gradient))
             return Flight(tensor, None, handle)
+        if tensor.in_flight:
+            raise ValueError(f"{name}: was sent already and not received yet")
         # accumulate and select in one pass: the residual takes the gradient and keeps
         # what is not selected
         residual = self.memory.residual(name, gradient)
@@ -147,14 +178,13 @@ class GradientPath:
         selection = tensor.sparsifier.select(
             residual, _flat(gradient), header.k, header.step
         )
-        payload, sent = encode(selection, header)
+        self._check(tensor, selection)
+        payload, sent = encode(selection, header, tensor.payload)
         if sent is not selection.values:  # rounded on the wire: the rest is not lost
             self.memory.keep(name, selection.indices, selection.values - sent)
-        return Flight(
-            tensor,
-            Selection(selection.indices, sent, selection.nonfinite),
-            self.exchange.start(name, payload),
-        )
+        tensor.payload, tensor.in_flight = payload, True
+        shared = selection.indices if header.layout == VALUES_ONLY else None
+        return Flight(tensor, shared, self.exchange.start(name, payload))
 
     def receive(self, flight: Flight, out: Array) -> Array:
         """Finish the exchange, aggregate, and hand back.
@@ -170,31 +200,52 @@ class GradientPath:
         Raises:
             PayloadError: a peer disagrees; names tensor, rank, expected and found.
         """
-        tensor, selection = flight.tensor, flight.selection
-        if selection is None:
+        tensor = flight.tensor
+        if tensor.dense:
             self._hand_back_dense(flight, out)
         else:
-            payloads = self._decode(flight)
-            if any(payload.nonfinite for payload in payloads):
-                # nobody applies anything, so everybody keeps what they sent
-                self.memory.restore(tensor.name, selection.indices, selection.values)
-                out[...] = float("nan")
-            else:
-                self._aggregate(tensor, payloads, out)
+            try:
+                self._hand_back_sparse(flight, out)
+            except PayloadError:
+                self.recall(flight)
+                raise
+        tensor.in_flight = False
         tensor.header = tensor.header._replace(step=tensor.header.step + 1)
         return out
 
     def recall(self, flight: Flight) -> None:
         """Put back what was sent when its exchange failed: nothing is lost."""
-        if flight.selection is not None:
-            indices, values, _ = flight.selection
-            self.memory.restore(flight.tensor.name, indices, values)
+        tensor = flight.tensor
+        if tensor.in_flight:
+            assert tensor.payload is not None
+            self._restore(flight, decode(tensor.payload, tensor.header, varies=True))
+            tensor.in_flight = False
 
     # ------------------------------------------------------------ stages, in detail
 
+    def _hand_back_sparse(self, flight: Flight, out: Array) -> None:
+        payloads = self._decode(flight)
+        if any(payload.nonfinite for payload in payloads):
+            # nobody applies anything, so everybody keeps what they sent
+            self._restore(flight, payloads[self.exchange.rank])
+            out[...] = float("nan")
+        else:
+            self._aggregate(flight.tensor, payloads, out)
+
+    def _check(self, tensor: Tensor, selection: Selection) -> None:
+        try:
+            tensor.check(selection)
+        except ValueError:
+            if selection.indices.shape == selection.values.shape:
+                self.memory.restore(tensor.name, selection.indices, selection.values)
+            raise
+
+    def _restore(self, flight: Flight, own: Selection) -> None:
+        indices = own.indices if flight.indices is None else flight.indices
+        self.memory.restore(flight.tensor.name, indices, own.values)
+
     def _decode(self, flight: Flight) -> list[Selection]:
-        tensor, selection = flight.tensor, flight.selection
-        assert selection is not None
+        tensor = flight.tensor
         payloads = []
         received = self.exchange.finish(flight.handle)
         for rank, buffer in enumerate(received):
@@ -202,8 +253,8 @@ class GradientPath:
                 payload = decode(buffer, tensor.header, varies=tensor.varies)
             except PayloadError as error:
                 raise PayloadError(f"{tensor.name}: rank {rank}: {error}") from None
-            if tensor.header.layout == VALUES_ONLY:
-                payload = payload._replace(indices=selection.indices)
+            if flight.indices is not None:
+                payload = payload._replace(indices=flight.indices)
             payloads.append(payload)
         traffic = self.traffic.tensor(tensor.name, tensor.route)
         own = received[self.exchange.rank].size
@@ -225,11 +276,8 @@ class GradientPath:
         tensor = flight.tensor
         total, wire_bytes = self.exchange.finish_dense(flight.handle)
         with np.errstate(over="ignore", invalid="ignore"):
-            scaled = total * total.dtype.type(self._scale)
-            if isinstance(out, np.ndarray):
-                out.reshape(-1)[...] = scaled
-            else:
-                out.reshape(-1).copy_(out.new_tensor(scaled, dtype=None))
+            total *= total.dtype.type(self._scale)  # the exchange's own buffer
+            _copy_to(out, total)
         traffic = self.traffic.tensor(tensor.name, tensor.route)
         traffic.sent_bytes += wire_bytes
         traffic.sent_elements += tensor.header.n
@@ -390,6 +438,14 @@ def _copy(array: Array | None, shape: tuple[int, ...]) -> Array | None:
         return None
     copied = array.copy() if isinstance(array, np.ndarray) else array.clone()
     return copied.reshape(shape)
+
+
+def _copy_to(out: Array, host: Any) -> None:
+    """Overwrites out, on host or device, with a flat numpy array, rounding."""
+    if isinstance(out, np.ndarray):
+        out.reshape(-1)[...] = host
+    else:
+        out.reshape(-1).copy_(out.new_tensor(host))
 
 
 def _flat(gradient: Array) -> Array:

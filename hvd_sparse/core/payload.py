@@ -73,26 +73,32 @@ def payload_bytes(layout: int, dtype: str | int, k: int) -> int:
     return HEADER_BYTES + -(-k * entry_bytes(layout, dtype) // 8) * 8
 
 
-def encode(selection: Selection, header: Header) -> tuple[Bytes, Array]:
+def encode(
+    selection: Selection, header: Header, out: Bytes | None = None
+) -> tuple[Bytes, Array]:
     """The payload of a selection, and the values a receiver will read from it.
+
+    It is written into out where that has the right size: fresh memory is slower.
 
     Values travel unrounded in both layouts of version 1, so `sent` is selection.values.
     header.k is replaced by what was really selected.
     """
     indices, values = _on_host(selection.indices), _on_host(selection.values)
     k = values.shape[0]
-    buffer = np.empty(payload_bytes(header.layout, header.dtype, k), np.uint8)
+    size = payload_bytes(header.layout, header.dtype, k)
+    if out is None or out.size != size:
+        out = np.empty(size, np.uint8)
     flags = _NONFINITE if selection.nonfinite else 0
     code = DTYPES[str(header.dtype)]
     fields = (_MAGIC, VERSION, header.layout, code, flags, header.n, k)
-    _HEADER.pack_into(buffer.data, 0, *fields, header.step, header.digest)
+    _HEADER.pack_into(out.data, 0, *fields, header.step, header.digest)
     end = HEADER_BYTES + values.nbytes
-    buffer[HEADER_BYTES:end] = values.view(np.uint8)
+    out[HEADER_BYTES:end] = values.view(np.uint8)
     if header.layout == INDEXED:
-        buffer[end : end + 4 * k] = indices.view(np.uint8)
+        out[end : end + 4 * k] = indices.view(np.uint8)
         end += 4 * k
-    buffer[end:] = 0
-    return buffer, selection.values
+    out[end:] = 0
+    return out, selection.values
 
 
 def decode(buffer: Bytes, expected: Header, *, varies: bool = False) -> Selection:

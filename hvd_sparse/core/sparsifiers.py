@@ -32,7 +32,7 @@ def _digest(*parts: object) -> int:
 
 
 def _check_density(density: float) -> None:
-    if not 0 < density <= 1:
+    if isinstance(density, bool) or not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density}")
 
 

@@ -10,7 +10,9 @@ from hvd_sparse import (
     Average,
     ExchangeError,
     Never,
+    PayloadError,
     RandomK,
+    Selection,
     Sum,
     Threshold,
     TopK,
@@ -354,3 +356,53 @@ def test_horovods_constants_are_accepted():
     with SparseAllreduce(TopK(1.0), comm=COMM, op=1, dense=Never()) as reduce:
         result = reduce.allreduce("a", np.ones(3, np.float32))
     np.testing.assert_array_equal(result, SIZE)
+
+
+class Careless:
+    """A custom sparsifier that does not keep its promise."""
+
+    density = 0.5
+
+    def __init__(self, count, dtype=np.int32):
+        self.count, self.dtype = count, dtype
+
+    def select(self, residual, gradient, k, step):
+        residual += gradient
+        indices = np.arange(self.count, dtype=self.dtype)
+        values = residual[indices]
+        residual[indices] = 0
+        return Selection(indices, values, 0)
+
+
+@pytest.mark.parametrize(
+    ("sparsifier", "message"),
+    [
+        (Careless(3), "w: 4 must be selected, got 3"),
+        (Careless(4, np.int64), "w: indices must be int32, got int64"),
+    ],
+    ids=["count", "dtype"],
+)
+def test_a_careless_sparsifier_is_named_and_loses_nothing(sparsifier, message):
+    gradient = np.arange(1, 9, dtype=np.float32)
+    with SparseAllreduce(sparsifier, comm=COMM, dense=Never(), timeout_s=5) as reduce:
+        with pytest.raises(ValueError, match=message):
+            reduce.allreduce("w", gradient)
+        residual = reduce._path.memory.residuals["w"]
+        np.testing.assert_array_equal(residual, gradient)
+
+
+class Unordered(Careless):
+    """Indices that go astray: only the receiver can tell."""
+
+    def select(self, residual, gradient, k, step):
+        selection = super().select(residual, gradient, k, step)
+        return selection._replace(indices=np.ascontiguousarray(selection.indices[::-1]))
+
+
+def test_indices_that_do_not_ascend_are_an_error_and_lose_nothing():
+    gradient = np.ones(8, np.float32)
+    with SparseAllreduce(Unordered(4), comm=COMM, dense=Never()) as reduce:
+        with pytest.raises(PayloadError, match="w: indices must ascend"):
+            reduce.allreduce("w", gradient)
+        residual = reduce._path.memory.residuals["w"]
+        np.testing.assert_array_equal(residual, gradient)

@@ -1,0 +1,57 @@
+"""Starts real ranks from a test, where the whole job ends or memory is measured."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+PROGRAMS = Path(__file__).parent / "programs"
+START_S = 25  # to start Python and load the kernels on a loaded machine
+
+mpirun = shutil.which("mpirun", path=str(Path(sys.executable).parent))
+needs_mpirun = pytest.mark.skipif(mpirun is None, reason="needs hvd_sparse[mpi]")
+
+
+class Ended(NamedTuple):
+    """How a job ended; every rank is gone by then."""
+
+    code: int
+    output: str
+    errors: str
+    seconds: float
+
+
+def launch(program: str, *arguments: str, ranks: int, timeout_s: float) -> Ended:
+    """Run a program of tests/programs under mpirun; a hang fails the test."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "OMPI_MCA_plm_rsh_agent": "/bin/false",
+        "OMPI_MCA_mpi_yield_when_idle": "1",
+    }
+    # set by an earlier import of hvd_sparse.mpi in this process; ranks are not alone
+    environment.pop("OMPI_MCA_ess_singleton_isolated", None)
+    command = [str(mpirun), "-np", str(ranks), "--oversubscribe", "--bind-to", "none"]
+    command += [sys.executable, str(PROGRAMS / program), *arguments]
+    started = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # mpirun then ends its ranks
+        output, errors = process.communicate(timeout=20)
+        pytest.fail(f"the job hangs after {timeout_s} s: {errors}")
+    return Ended(process.returncode, output, errors, time.monotonic() - started)
