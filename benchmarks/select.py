@@ -10,10 +10,10 @@ noise does not show. One thread unless a row says otherwise. The portable rows r
 process that is told the processor is a plain x86-64 (SSE2).
 """
 
-# ruff: noqa: E402  # this folder hides the standard library's `select` from all below
+# this file hides the standard library's `select` from all below
 import sys
 
-sys.path = [folder for folder in sys.path if not folder.endswith("benchmarks")]
+sys.path.pop(0)
 
 import argparse
 import json
@@ -95,21 +95,10 @@ def pool(kind, n):
 # --------------------------------------------------------------------- measurements
 
 
-class Misses:
-    """Counts the passes over memory that one step needs; more than one is a miss."""
-
-    def __enter__(self):
-        self.original, self.passes = host._candidates, 0
-
-        def counting(*arguments):
-            self.passes += 1
-            return self.original(*arguments)
-
-        host._candidates = counting
-        return self
-
-    def __exit__(self, *error):
-        host._candidates = self.original
+def misses(residual, gradient, k):
+    """Whether the estimate that select_top is about to make is too high."""
+    bound = host._estimate(residual, gradient, 1, k, 1)
+    return int(np.count_nonzero(np.abs(residual + gradient) >= bound) < k)
 
 
 def interleaved(ours, n, steps):
@@ -152,10 +141,15 @@ def selection(path, kind, n, density, steps=40):
     gradients, k = pool(kind, n), elements(density, n)
     residual = np.zeros(n, np.float32)
     settle(residual, gradients, k, density)
-    with Misses() as misses:
-        times, floor = interleaved(
-            lambda step: host.select_top(residual, gradients[step % POOL], k), n, steps
+    times, floor, missed = [], [], 0
+    for step in range(steps):
+        gradient = gradients[step % POOL]
+        missed += misses(residual, gradient, k)
+        once, add = interleaved(
+            lambda _, now=gradient: host.select_top(residual, now, k), n, 1
         )
+        times += once
+        floor += add
     target = {
         ("native", 0.001): 1.5,
         ("native", 0.01): 2.2,
@@ -163,7 +157,6 @@ def selection(path, kind, n, density, steps=40):
         ("portable", 0.01): 3.5,
     }[path, density]
     what = f"accumulate + TopK + residual, {path}"
-    missed = misses.passes - steps
     return row(what, kind, density, times, floor, target, missed=missed)
 
 

@@ -8,6 +8,7 @@ The map of the package:
 | `hvd_sparse.core` | memory, sparsifiers, payload, routing, traffic |
 | `hvd_sparse.kernels` | the hot loops: numpy oracle, Numba, accelerator |
 | `hvd_sparse.mpi` | numpy arrays over plain MPI: SparseAllreduce |
+| `hvd_sparse.exchange` | what MPI carries, and when ranks disagree: `agreement` |
 | `hvd_sparse.torch` | PyTorch: DistributedOptimizer over plain MPI |
 
 Importing this package imports no framework and no MPI.

@@ -1,11 +1,13 @@
 """SparseAllreduce over real MPI; every test holds at any number of ranks."""
 
+import time
+
 import ml_dtypes
 import numpy as np
 import pytest
 from mpi4py import MPI
 
-import hvd_sparse
+import hvd_sparse.exchange
 from hvd_sparse import (
     Average,
     ExchangeError,
@@ -406,3 +408,16 @@ def test_indices_that_do_not_ascend_are_an_error_and_lose_nothing():
             reduce.allreduce("w", gradient)
         residual = reduce._path.memory.residuals["w"]
         np.testing.assert_array_equal(residual, gradient)
+
+
+@several
+def test_a_straggler_is_warned_about_and_awaited(monkeypatch):
+    monkeypatch.setattr(hvd_sparse.exchange, "WARNING_S", 0.2)
+    with SparseAllreduce(TopK(0.5), comm=COMM, dense=Never(), timeout_s=20) as reduce:
+        if RANK == SIZE - 1:
+            time.sleep(1)  # this is the fault, not a wait for something
+            result = reduce.allreduce("late", np.ones(8, np.float32))
+        else:
+            with pytest.warns(UserWarning, match="late: step 0: rank . has waited"):
+                result = reduce.allreduce("late", np.ones(8, np.float32))
+    assert same_bits({"late": result})

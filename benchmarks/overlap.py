@@ -1,12 +1,17 @@
 """One exchange after the backward pass, or buckets that overlap it: which is faster?
 
-    mpirun -np 2 python benchmarks/training/overlap.py [--json FILE]
+    mpirun -np 2 python benchmarks/overlap.py [--json FILE]
 
 The alternative to one exchange a step starts a bucket of parameters as soon as their
 gradients are ready, in an order that is the same on every rank, and lets it travel
 while the backward pass goes on. Here both train the same model on the same batches in
 turns, in one run; a step is timed from zero_grad to the end of the exchange.
 """
+
+# this folder's select.py hides the standard library's
+import sys
+
+sys.path.pop(0)
 
 import argparse
 import json
