@@ -101,19 +101,25 @@ def misses(residual, gradient, k):
     return int(np.count_nonzero(np.abs(residual + gradient) >= bound) < k)
 
 
-def interleaved(ours, n, steps):
-    """Seconds of each step of ours and of torch.add_ on n elements, in turns."""
-    torch.set_num_threads(1)
-    total, gradient = torch.zeros(n), torch.ones(n)
-    times, floor = [], []
-    for step in range(steps):
-        start = time.perf_counter()
-        ours(step)
-        middle = time.perf_counter()
-        total.add_(gradient)
-        times.append(middle - start)
-        floor.append(time.perf_counter() - middle)
-    return times, floor
+class Floor:
+    """torch.add_ on tensors of its own, to take turns with what is measured."""
+
+    def __init__(self, n):
+        torch.set_num_threads(1)
+        self.total, self.gradient = torch.zeros(n), torch.ones(n)
+
+    def interleaved(self, ours, steps, prepare=lambda step: None):
+        """Seconds of each step of ours and of torch.add_, in turns."""
+        times, floor = [], []
+        for step in range(steps):
+            prepare(step)
+            start = time.perf_counter()
+            ours(step)
+            middle = time.perf_counter()
+            self.total.add_(self.gradient)
+            times.append(middle - start)
+            floor.append(time.perf_counter() - middle)
+        return times, floor
 
 
 def row(what, detail, density, times, floor, target, **more):
@@ -141,15 +147,15 @@ def selection(path, kind, n, density, steps=40):
     gradients, k = pool(kind, n), elements(density, n)
     residual = np.zeros(n, np.float32)
     settle(residual, gradients, k, density)
-    times, floor, missed = [], [], 0
-    for step in range(steps):
-        gradient = gradients[step % POOL]
-        missed += misses(residual, gradient, k)
-        once, add = interleaved(
-            lambda _, now=gradient: host.select_top(residual, now, k), n, 1
-        )
-        times += once
-        floor += add
+
+    def select(step):
+        host.select_top(residual, gradients[step % POOL], k)
+
+    times, floor = Floor(n).interleaved(select, steps)
+    missed = 0
+    for step in range(steps):  # not timed: this reads everything once more
+        missed += misses(residual, gradients[step % POOL], k)
+        select(step)
     target = {
         ("native", 0.001): 1.5,
         ("native", 0.01): 2.2,
@@ -200,14 +206,9 @@ def whole_path(n, density=0.001, steps=40):
 
         for step in range(300):
             step_of(step)
-        times, floor = [], []
-        for step in range(steps):
-            out.fill(step)  # the caller's own use of it: nothing may be left over
-            once, add = interleaved(lambda _, now=step: step_of(now), n, 1)
-            times += once
-            floor += add
-            k = elements(density, n)
-            assert np.count_nonzero(out) <= k, "an element was not written"
+        # the caller's own use of out in between: nothing of it may be left over
+        times, floor = Floor(n).interleaved(step_of, steps, prepare=out.fill)
+        assert np.count_nonzero(out) <= elements(density, n)
     return row("whole path, one allreduce", "normal", density, times, floor, 2.5)
 
 
@@ -244,7 +245,7 @@ def resnet50(density=0.001, steps=40):
 
         for step in range(300):
             step_of(step)
-        times, floor = interleaved(step_of, RESNET50_ELEMENTS, steps)
+        times, floor = Floor(RESNET50_ELEMENTS).interleaved(step_of, steps)
     detail = f"{len(shapes)} tensors of ResNet-50"
     return row("whole path, grouped_allreduce", detail, density, times, floor, 3.0)
 
@@ -273,7 +274,7 @@ def published(n, density=0.001, steps=7):
 
     rows = []
     for name, function in (("torch.topk", torch_topk), ("argpartition", argpartition)):
-        times, floor = interleaved(function, n, steps)
+        times, floor = Floor(n).interleaved(function, steps)
         rows.append(row(f"{name} + residual", "normal", density, times, floor, None))
     return rows
 

@@ -80,7 +80,7 @@ class Tensor:
         """
         indices, values = selection.indices, selection.values
         count, k = indices.shape[0], self.header.k
-        if str(indices.dtype).removeprefix("torch.") != "int32":
+        if indices.dtype != np.int32 and _dtype(indices) != "int32":
             raise ValueError(f"{self.name}: indices must be int32, got {indices.dtype}")
         if count != k if not self.varies else count > k:
             most = "at most " if self.varies else ""

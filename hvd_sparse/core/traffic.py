@@ -40,7 +40,9 @@ class Traffic:
 
     def tensor(self, name: str, route: str) -> TensorTraffic:
         """The counters of one tensor, zeros at first."""
-        return self.tensors.setdefault(name, TensorTraffic(route))
+        if name not in self.tensors:
+            self.tensors[name] = TensorTraffic(route)
+        return self.tensors[name]
 
     @property
     def sent_bytes(self) -> int:

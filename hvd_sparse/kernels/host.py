@@ -42,6 +42,8 @@ _DIRECT = 4096  # up to this size every element is a candidate: sampling costs m
 _CHUNK = 1 << 14  # elements of the handed-back gradient finished while in cache
 _RUN = 32  # elements sampled side by side: two cache lines arrive together
 _STRETCH = 8192  # elements accumulated before their hits are looked at, in L1
+# added, it leaves every residual as it is, -0.0 included
+_NOTHING = {4: np.full(LANES, -0.0, np.float32), 8: np.full(LANES, -0.0)}
 _jit = njit(nogil=True, cache=True, error_model="numpy")
 
 
@@ -200,8 +202,9 @@ def _estimate(residual: Any, gradient: Any, stride: int, k: int, wide: int) -> A
     n = residual.size
     runs = min(max(n // (128 * _RUN), 32), 2048)
     expected = runs * _RUN * k / n
-    # two and a half standard deviations above the mean of a binomial count, and some
-    rank = int((expected + 2.5 * math.sqrt(expected) + 4) * wide)
+    # 3.5 standard deviations above the mean of a binomial count, and some: too high an
+    # estimate in one step of thousands
+    rank = int((expected + 3.5 * math.sqrt(expected) + 4) * wide)
     if n <= _DIRECT or rank >= runs * _RUN:
         return residual.dtype.type(0)
     values = np.empty(runs * _RUN, residual.dtype)
@@ -331,7 +334,7 @@ def select_top(residual: Array, gradient: Array, k: int) -> Selected:
         number of elements whose sum was not finite: they kept their residual.
     """
     lanes = _lane_view(gradient)
-    nothing = np.full(LANES, -0.0, residual.dtype)
+    nothing = _NOTHING[residual.dtype.itemsize]
     if len(parts(residual.size, LANES)) == 1:
         indices, values = _buffers(residual, residual.size, k)
         nonfinite = _select_top(residual, lanes, nothing, k, indices, values)
