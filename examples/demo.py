@@ -1,0 +1,232 @@
+"""Two real models, each dense, at density 1 % and at 0.1 %; launch/demo runs it.
+
+mpirun -np 2 python examples/demo.py
+"""
+
+import argparse
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch_digits as digits
+import torch_language_model as language
+from mpi4py import MPI
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+import hvd_sparse
+from hvd_sparse.core.traffic import Traffic
+
+COLUMNS = {
+    "dense": None,
+    "1 %": hvd_sparse.TopK(density=0.01),
+    "0.1 %": hvd_sparse.TopK(density=0.001),
+}
+SEEDS = range(5)  # of the digits; their accuracies are averaged
+
+OnStep = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One model trained in one column: its quality, and what a step cost."""
+
+    quality: float
+    traffic: Traffic
+    seconds_per_step: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """One model in all columns.
+
+    Attributes:
+        train: from a sparsifier (None: stock dense) and a callback to an outcome.
+        quality: what the outcome's quality is called.
+        show: formats a quality.
+        gap: formats what is between a quality and that of dense.
+        settings: the dense settings, which hold for every column.
+    """
+
+    name: str
+    title: str
+    steps: int
+    train: Callable[[hvd_sparse.TopK | None, OnStep], Outcome]
+    quality: str
+    show: Callable[[float], str]
+    gap: Callable[[float, float], str]
+    settings: str
+
+
+def language_task(comm: MPI.Comm, data_dir: Path | None, speedup: int) -> Task:
+    settings = language.Settings()
+    settings = replace(settings, steps=settings.steps // speedup)
+    training, validation = language.read_text(data_dir)
+
+    def train(sparsifier: hvd_sparse.TopK | None, on_step: OnStep) -> Outcome:
+        model, traffic, seconds = language.train(
+            training, sparsifier, comm, settings, on_step=on_step
+        )
+        return Outcome(language.evaluate(model, validation, comm), traffic, seconds)
+
+    return Task(
+        name="language model",
+        title=f"language model on {data_dir or 'the source of Python'}",
+        steps=settings.steps,
+        train=train,
+        quality="validation loss (nats per byte)",
+        show=lambda loss: f"{loss:.4f}",
+        gap=lambda loss, dense: f"{loss / dense - 1:+.1%}",
+        settings=f"{settings_text(settings, comm)} windows of {language.CONTEXT} bytes",
+    )
+
+
+def digits_task(comm: MPI.Comm, speedup: int) -> Task:
+    settings = digits.Settings()
+    settings = replace(settings, steps=settings.steps // speedup)
+    training, test = digits.read_digits()
+
+    def train(sparsifier: hvd_sparse.TopK | None, on_step: OnStep) -> Outcome:
+        accuracies, seconds = [], []
+        for seed in SEEDS:
+            model, traffic, taken = digits.train(
+                training,
+                sparsifier,
+                comm,
+                replace(settings, seed=seed),
+                on_step=on_step,
+            )
+            accuracies.append(digits.accuracy(model, test))
+            seconds.append(taken)
+        return Outcome(statistics.mean(accuracies), traffic, statistics.mean(seconds))
+
+    return Task(
+        name="digits",
+        title="convolutional network on handwritten digits",
+        steps=settings.steps * len(SEEDS),
+        train=train,
+        quality=f"accuracy ({len(SEEDS)} seeds)",
+        show=lambda accuracy: f"{accuracy:.2%}",
+        gap=lambda accuracy, dense: f"{100 * (accuracy - dense):+.2f} points",
+        settings=f"{settings_text(settings, comm)} images",
+    )
+
+
+def settings_text(settings: language.Settings | digits.Settings, comm: MPI.Comm) -> str:
+    return (
+        f"SGD, learning rate {settings.lr} (tuned for dense), momentum "
+        f"{settings.momentum}, {settings.steps} steps of {comm.size} x "
+        f"{settings.batch}"
+    )
+
+
+def run(tasks: list[Task], console: Console, *, show: bool) -> list[list[Outcome]]:
+    """Train every task in every column, with a progress bar where ``show``."""
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[loss]}"),
+        console=console,
+        disable=not show,
+    )
+    outcomes: list[list[Outcome]] = []
+    with progress:
+        for task in tasks:
+            outcomes.append([])
+            for column, sparsifier in COLUMNS.items():
+                bar = progress.add_task(
+                    f"{task.name}, {column}", total=task.steps, loss=""
+                )
+
+                def on_step(loss: float, bar=bar) -> None:
+                    progress.update(bar, advance=1, loss=f"loss {loss:.2f}")
+
+                outcomes[-1].append(task.train(sparsifier, on_step))
+    return outcomes
+
+
+def per_step(count: int, outcome: Outcome) -> str:
+    return f"{count / outcome.traffic.steps:,.0f}"
+
+
+def table_of(task: Task, outcomes: list[Outcome]) -> Table:
+    """What one task made of the columns."""
+    table = Table(
+        title=task.title,
+        title_justify="left",
+        caption=task.settings,
+        caption_justify="left",
+    )
+    table.add_column("", no_wrap=True)
+    for column in COLUMNS:
+        table.add_column(column, justify="right", no_wrap=True)
+    dense = outcomes[0].quality
+    rows: dict[str, Callable[[Outcome], str]] = {
+        task.quality: lambda o: task.show(o.quality),
+        "    against dense": lambda o: task.gap(o.quality, dense),
+        "bytes sent per step": lambda o: per_step(o.traffic.sent_bytes, o),
+        "bytes received per step": lambda o: per_step(o.traffic.received_bytes, o),
+        "compression ratio": lambda o: f"{o.traffic.compression_ratio:,.1f}",
+        "seconds per step": lambda o: f"{o.seconds_per_step:.4f}",
+    }
+    for name, cell in rows.items():
+        table.add_row(name, *(cell(outcome) for outcome in outcomes))
+    return table
+
+
+def leave_quietly(console: Console) -> None:
+    """End this rank at once when mpirun says so: the user pressed Ctrl-C."""
+
+    def leave(*_: object) -> None:
+        if console.is_terminal and not console.quiet:
+            os.write(sys.stdout.fileno(), b"\x1b[?25h\n")  # the bar hid the cursor
+        os._exit(143)
+
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGINT, leave)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, help="your own text, any files")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the steps")
+    parser.add_argument("--terminal", action="store_true", help="stdout is a terminal")
+    args = parser.parse_args()
+
+    comm = MPI.COMM_WORLD
+    console = Console(force_terminal=args.terminal, quiet=comm.rank != 0)
+    leave_quietly(console)
+    speedup = 10 if args.quick else 1
+    begin = time.perf_counter()
+    try:
+        tasks = [
+            language_task(comm, args.data_dir, speedup),
+            digits_task(comm, speedup),
+        ]
+    except ValueError as error:
+        sys.exit(f"demo: {error}" if comm.rank == 0 else 1)
+    outcomes = run(tasks, console, show=comm.rank == 0)
+    for task, row in zip(tasks, outcomes, strict=True):
+        console.print()
+        console.print(table_of(task, row))
+    console.print(
+        f"\n{comm.size} ranks, {time.perf_counter() - begin:.0f} seconds in all"
+    )
+
+
+if __name__ == "__main__":
+    main()
