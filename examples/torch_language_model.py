@@ -25,7 +25,11 @@ CHUNK = 16384  # bytes; every tenth chunk of the text is for validation
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train; tuned for dense (benchmarks/fidelity.py --tune)."""
+    """How to train; tuned for dense (benchmarks/fidelity.py --tune).
+
+    The rate is constant. More momentum takes dense further, but makes sparse unstable
+    at the rate that is best for dense: benchmarks/fidelity.py measures it.
+    """
 
     lr: float = 0.5
     momentum: float = 0.5

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,22 @@ from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.exchange import MpiExchange
 
 Array = npt.NDArray[Any]
+
+
+class Blob(NamedTuple):
+    """Bytes to gather from all ranks as they are.
+
+    Attributes:
+        data: uint8, a multiple of 8 bytes; lengths may differ between ranks.
+        shape: what ranks must agree on beside the name.
+        dtype: the same.
+        dense_bytes: of the gradient it stands for; 0 if it stands for none.
+    """
+
+    data: Array
+    shape: tuple[int, ...] = ()
+    dtype: str = "bytes"
+    dense_bytes: int = 0
 
 
 class SparseAllreduce:
@@ -58,7 +74,8 @@ class SparseAllreduce:
             raise
         self._flights: list[Flight] = []
         self._outs: Mapping[str, Array] = {}
-        self._blobs: dict[str, int] = {}
+        self._blobs: dict[str, Blob] = {}
+        self._handles: dict[str, int] = {}
         self.gathered: dict[str, list[Array]] = {}
 
     @property
@@ -111,15 +128,14 @@ class SparseAllreduce:
         self,
         gradients: Mapping[str, Array],
         out: Mapping[str, Array] | None = None,
-        blobs: Mapping[str, Array] | None = None,
+        blobs: Mapping[str, Blob] | None = None,
     ) -> None:
         """Select, encode, and begin the exchange; `finish` must follow.
 
         Args:
             gradients: as in grouped_allreduce.
             out: as in grouped_allreduce.
-            blobs: per name, bytes (a multiple of 8) to gather from all ranks as they
-                are; lengths may differ between ranks.
+            blobs: per name, bytes to gather; `gathered` has them, until the next step.
         """
         if self._exchange.busy:
             raise RuntimeError("finish() must come before the next start()")
@@ -131,7 +147,10 @@ class SparseAllreduce:
                 _check_out(name, gradient, out)
             for name in sorted(gradients):
                 flights.append(self._path.send(name, gradients[name]))
-            self._blobs = {n: self._exchange.start(n, blobs[n]) for n in sorted(blobs)}
+            self._blobs = {n: blobs[n] for n in sorted(blobs)}
+            handles = {
+                n: self._exchange.start(n, b.data) for n, b in self._blobs.items()
+            }
         except Exception as error:
             self._recall(flights)
             self._exchange.report(error)
@@ -142,7 +161,8 @@ class SparseAllreduce:
             n: np.empty(g.shape, g.dtype) for n, g in gradients.items()
         }
         rows = [_row(flight) for flight in flights]
-        rows += [(name, (), "bytes", 0, "gather", 0) for name in self._blobs]
+        rows += [(n, b.shape, b.dtype, 0, "rows", 0) for n, b in self._blobs.items()]
+        self._handles = handles
         with self._nothing_lost():
             self._exchange.open(rows, self._path.configuration)
 
@@ -164,7 +184,7 @@ class SparseAllreduce:
                 if target is not out:
                     out[...] = target
         self.gathered = {
-            n: list(self._exchange.finish(h)) for n, h in self._blobs.items()
+            n: list(self._exchange.finish(h)) for n, h in self._handles.items()
         }
         self._count()
         self._exchange.clear()
@@ -175,10 +195,18 @@ class SparseAllreduce:
         traffic.steps += 1
         traffic.overhead_sent_bytes += exchange.overhead_bytes
         traffic.overhead_received_bytes += exchange.overhead_bytes * (self.size - 1)
-        for blobs in self.gathered.values():
-            sizes = [blob.nbytes for blob in blobs]
-            traffic.overhead_sent_bytes += sizes[self.rank]
-            traffic.overhead_received_bytes += sum(sizes) - sizes[self.rank]
+        for name, parts in self.gathered.items():
+            sizes = [part.nbytes for part in parts]
+            sent, received = sizes[self.rank], sum(sizes) - sizes[self.rank]
+            dense_bytes = self._blobs[name].dense_bytes
+            if dense_bytes:
+                tensor = traffic.tensor(name, "rows")
+                tensor.sent_bytes += sent
+                tensor.received_bytes += received
+                tensor.dense_bytes += dense_bytes
+            else:
+                traffic.overhead_sent_bytes += sent
+                traffic.overhead_received_bytes += received
 
     @contextmanager
     def _nothing_lost(self) -> Iterator[None]:

@@ -132,7 +132,7 @@ class GradientPath:
             memory: what keeps the rest; ErrorFeedback() unless given.
 
         Raises:
-            TypeError: sparsifier has no select method.
+            TypeError: sparsifier has no select method, or dense is no rule.
             ValueError: op is neither Average nor Sum.
         """
         if isinstance(sparsifier, type) or not hasattr(sparsifier, "select"):
@@ -140,6 +140,8 @@ class GradientPath:
                 "sparsifier must have a select method, such as TopK(density=0.001), "
                 f"got {sparsifier!r}"
             )
+        if isinstance(dense, type) or not hasattr(dense or WhenCheaper(), "limit"):
+            raise TypeError(f"dense must be WhenCheaper() or Never(), got {dense!r}")
         if op not in (Op.Average, Op.Sum):
             raise ValueError(f"op must be Average or Sum, got {op!r}")
         self.sparsifier = sparsifier
@@ -392,11 +394,13 @@ class GradientPath:
                 raise ValueError(
                     f"state was saved with {key} {state.get(key)}, expected {here}"
                 )
+        saved = state["tensors"]
         for name, tensor in self.tensors.items():
-            if name not in state["tensors"]:
-                raise ValueError(f"state has no tensor {name!r}")
-            _check_loaded(name, state["tensors"][name], tensor.shape, tensor.dtype)
-        self._loaded = dict(state["tensors"])
+            if name in saved:
+                _check_loaded(name, saved[name], tensor.shape, tensor.dtype)
+            elif not saved.keys() <= self.tensors.keys():
+                raise ValueError(f"{name}: state has no such tensor")
+        self._loaded = dict(saved)
         self.memory.residuals.clear()
         self.traffic.steps = state["step"]
         for name, tensor in self.tensors.items():

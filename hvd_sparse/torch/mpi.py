@@ -7,6 +7,7 @@ viewed as numpy arrays, never copied, and the result is written back into `p.gra
 """
 
 import io
+import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,13 +21,14 @@ import torch
 from hvd_sparse.core.contracts import Average, ExchangeError, Op, Sparsifier
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
-from hvd_sparse.mpi import SparseAllreduce
+from hvd_sparse.mpi import Blob, SparseAllreduce
 
 Array = npt.NDArray[Any]
 Tensor = torch.Tensor
 NamedParameters = Iterable[tuple[str, Tensor]]
 
 _LOSS = "(loss)"
+_KINDS = "(kinds of gradients)"
 
 
 def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
@@ -86,7 +88,7 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
     distributed.__class__ = type(kind.__name__, (_Distributed, kind), {})
     # a scheduler made earlier hides the class's step behind an attribute of the object
     vars(distributed).pop("step", None)
-    distributed._sparse = _Gradients(distributed, names, reduce)
+    distributed._sparse = _Gradients(distributed, names, reduce, Op(op))
     return distributed
 
 
@@ -94,34 +96,70 @@ class _Gradients:
     """The gradients of one optimizer on their way through SparseAllreduce."""
 
     def __init__(
-        self, optimizer: Any, names: dict[Tensor, str], reduce: SparseAllreduce
+        self,
+        optimizer: Any,
+        names: dict[Tensor, str],
+        reduce: SparseAllreduce,
+        op: Op,
     ) -> None:
         self.optimizer = optimizer
+        self.op = op
         self.names = names
         self.reduce = reduce
-        self.synchronized = False  # by the user, and not stepped since
+        self.synchronized = False  # by the user, and no backward pass or step since
         self.skip = False
+        self.kinds: dict[str, str] = {}  # dense or rows, the same on every rank
+        for parameter in names:
+            if parameter.requires_grad:
+                hooked: Any = parameter  # its method has no annotations
+                hooked.register_post_accumulate_grad_hook(self._fresh)
+
+    def _fresh(self, parameter: Tensor) -> None:
+        """A backward pass: what was synchronized before is not any more."""
+        del parameter
+        self.synchronized = False
 
     def exchange(self, loss: Any = None) -> Any:
         """Replace every gradient by its mean over ranks; returns the mean loss."""
+        trained = self._trained()
+        self._learn_kinds(trained)
         gradients: dict[str, Any] = {}
         rows: dict[str, Tensor] = {}
-        for name, parameter in self._trained():
-            gradient = _gradient(parameter)
-            if gradient.layout is torch.strided:
-                gradients[name] = _view(gradient)
-            else:
-                rows[name] = gradient.coalesce()
+        for name, parameter in trained:
+            kind = self.kinds.get(name)
+            if kind == "dense":
+                gradients[name] = _view(_dense_gradient(parameter))
+            elif kind == "rows":
+                rows[name] = _sparse_gradient(parameter)
         blobs = {name: _pack_rows(gradient) for name, gradient in rows.items()}
         if loss is not None:
-            blobs[_LOSS] = np.array([_number(loss)], np.float64).view(np.uint8)
+            number = np.array([_number(loss)], np.float64)
+            blobs[_LOSS] = Blob(number.view(np.uint8))
         self.reduce.start(gradients, gradients, blobs)
         self.reduce.finish()
         gathered = self.reduce.gathered
-        for name, parameter in self._trained():
+        for name, parameter in trained:
             if name in rows:
                 parameter.grad = self._sum_rows(rows[name], gathered[name])
         return None if loss is None else _mean_loss(loss, gathered[_LOSS])
+
+    def _learn_kinds(self, trained: list[tuple[str, Tensor]]) -> None:
+        """Agree on which gradients are sparse; a rank that lacks one can not know.
+
+        Asked once for every parameter, and again while no rank has a gradient of it:
+        such a parameter keeps its None.
+        """
+        unknown = {n: _kind(p) for n, p in trained if n not in self.kinds}
+        if not unknown:
+            return
+        text = json.dumps(unknown).encode()
+        self.reduce.start({}, blobs={_KINDS: Blob(_padded(text))})
+        self.reduce.finish()
+        for blob in self.reduce.gathered[_KINDS]:
+            for name, kind in json.loads(blob.tobytes().rstrip(b"\0")).items():
+                if kind is not None:
+                    self.kinds.setdefault(name, kind)
+        self.reduce.traffic.steps -= 1  # a question, not a step
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Per name, the shape of the parameter."""
@@ -137,16 +175,21 @@ class _Gradients:
                     f"a parameter of shape {shape} was added after "
                     "DistributedOptimizer was made; it has no name"
                 )
-        return [(self.names[p], p) for p in held if p.requires_grad]
+        return [
+            (self.names[p], p) for p in held if p.requires_grad or p.grad is not None
+        ]
 
     def _sum_rows(self, own: Tensor, blobs: list[Array]) -> Tensor:
         """Gradients that came sparse stay sparse: gathered as they are, then summed."""
         parts = [_unpack_rows(own, blob) for blob in blobs]
         indices = torch.cat([indices for indices, _ in parts], dim=1)
         values = torch.cat([values for _, values in parts])
-        if self.reduce._path.op is Op.Average:
-            values /= self.reduce.size
-        return _rows(indices, values, own.shape)
+        # sums are float32 for 16-bit gradients, as on the path
+        wide = values if values.dtype.itemsize > 2 else values.float()
+        total = _rows(indices, wide, own.shape)
+        if self.op is Op.Average:
+            total = total / self.reduce.size
+        return total.to(values.dtype).coalesce()
 
 
 class _Distributed:
@@ -171,7 +214,13 @@ class _Distributed:
                     loss = closure()
                 return state.exchange(loss)
 
+            state.synchronized = False
             return own_step(exchanged)
+        if state.skip and not state.synchronized:
+            raise RuntimeError(
+                "step() inside skip_synchronize() needs synchronize() after the last "
+                "backward pass"
+            )
         if not state.skip:
             if state.synchronized:
                 warnings.warn(
@@ -193,6 +242,11 @@ class _Distributed:
         """The optimizer's own; gradients to come are not synchronized."""
         self._sparse.synchronized = False
         super().zero_grad(set_to_none=set_to_none)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy, or a pickle, is of the optimizer's own class, and not distributed."""
+        own_class = type(self).__mro__[2]
+        return _blank, (own_class,), super().__getstate__()  # type: ignore[misc]
 
     def synchronize(self) -> None:
         """Exchange the gradients now, to clip them say; see skip_synchronize."""
@@ -257,6 +311,11 @@ class _Distributed:
         self._sparse.reduce.close()
 
 
+def _blank(kind: Any) -> Any:
+    """An object that its state is still to be given to."""
+    return kind.__new__(kind)
+
+
 def _with_residuals(
     state: dict[str, Any], convert: Callable[[str, Any], Any]
 ) -> dict[str, Any]:
@@ -306,11 +365,26 @@ def _names(
     return {parameter: names[parameter] for parameter in held}
 
 
-def _gradient(parameter: Tensor) -> Tensor:
+def _kind(parameter: Tensor) -> str | None:
+    if parameter.grad is None:
+        return None
+    return "dense" if parameter.grad.layout is torch.strided else "rows"
+
+
+def _dense_gradient(parameter: Tensor) -> Tensor:
     """Its gradient; zeros where this rank did not use the parameter in this step."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
+
+
+def _sparse_gradient(parameter: Tensor) -> Tensor:
+    """Its gradient, every row once; no rows where this rank did not use it."""
+    if parameter.grad is None:
+        shape = parameter.shape
+        indices = torch.empty((1, 0), dtype=torch.int64, device=parameter.device)
+        return _rows(indices, parameter.new_empty((0, *shape[1:])), shape)
+    return parameter.grad.coalesce()
 
 
 def _view(tensor: Tensor) -> Any:
@@ -334,17 +408,26 @@ def _rows(indices: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
 
 def _mean_loss(loss: Any, blobs: list[Array]) -> Any:
     mean = float(np.mean([blob.view(np.float64)[0] for blob in blobs]))
-    return loss.new_tensor(mean) if isinstance(loss, Tensor) else mean
+    return torch.full_like(loss, mean) if isinstance(loss, Tensor) else mean
 
 
-def _pack_rows(gradient: Tensor) -> Array:
+def _padded(data: bytes) -> Array:
+    return np.frombuffer(data + bytes(-len(data) % 8), np.uint8)
+
+
+def _pack_rows(gradient: Tensor) -> Blob:
     """A coalesced sparse gradient as bytes: indices, then values, padded to 8."""
     indices = np.ascontiguousarray(gradient.indices().cpu().numpy()).reshape(-1)
     values = _view(gradient.values().cpu().contiguous()).reshape(-1)
     count = np.array([gradient.indices().shape[1]], np.int64)
     parts = [count.view(np.uint8), indices.view(np.uint8), values.view(np.uint8)]
     used = sum(part.size for part in parts)
-    return np.concatenate([*parts, np.zeros(-used % 8, np.uint8)])
+    return Blob(
+        np.concatenate([*parts, np.zeros(-used % 8, np.uint8)]),
+        tuple(gradient.shape),
+        str(gradient.dtype).removeprefix("torch."),
+        gradient.numel() * gradient.dtype.itemsize,
+    )
 
 
 def _unpack_rows(like: Tensor, blob: Array) -> tuple[Tensor, Tensor]:
@@ -353,7 +436,12 @@ def _unpack_rows(like: Tensor, blob: Array) -> tuple[Tensor, Tensor]:
     middle = 8 + 8 * dimensions * count
     end = middle + count * width.numel() * like.dtype.itemsize
     indices = blob[8:middle].view(np.int64).reshape(dimensions, count)
-    values = torch.from_numpy(blob[middle:end].copy()).view(like.dtype)
+    # a view in another dtype needs an element at least
+    values = (
+        torch.from_numpy(blob[middle:end].copy()).view(like.dtype)
+        if end > middle
+        else like.new_empty(0, layout=torch.strided)
+    )
     device = like.device
     return (
         torch.from_numpy(indices.copy()).to(device),
@@ -432,7 +520,7 @@ class _Broadcast:
         self._reduce.__exit__(*error)
 
     def __call__(self, data: bytes, described: str) -> bytes:
-        text = described.encode()
+        text = f"root {self._root} and {described}".encode()
         told = self._gather("description", text)
         for rank, theirs in enumerate(told):
             if theirs != told[self._root]:
@@ -447,7 +535,8 @@ class _Broadcast:
         size = np.array([len(data)], np.int64).view(np.uint8)
         body = np.frombuffer(data, np.uint8)
         padding = np.zeros(-len(data) % 8, np.uint8)
-        self._reduce.start({}, blobs={name: np.concatenate([size, body, padding])})
+        blob = Blob(np.concatenate([size, body, padding]))
+        self._reduce.start({}, blobs={name: blob})
         self._reduce.finish()
         blobs = self._reduce.gathered[name]
         return [b[8 : 8 + int(b[:8].view(np.int64)[0])].tobytes() for b in blobs]
@@ -467,4 +556,5 @@ def _save(state: Any) -> bytes:
 
 
 def _load(data: bytes) -> Any:
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    # from a peer of this job, which could run any code here anyway
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)

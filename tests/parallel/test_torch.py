@@ -1,6 +1,7 @@
 """The PyTorch door over real MPI; every test holds at any number of ranks."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -445,3 +446,125 @@ def test_names_are_made_where_none_are_given():
     train(model, optimizer, [0])
     assert "group0.parameter3" in optimizer.traffic.tensors
     optimizer.close()
+
+
+# ----------------------------------------------------------------- less usual habits
+
+
+@pytest.mark.parametrize("users", ["one rank", "no rank"])
+def test_a_sparse_embedding_may_be_unused(users):
+    model = nn.ModuleList([nn.Embedding(50, 4, sparse=True), nn.Linear(4, 1)])
+    optimizer = distribute(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model[1](torch.ones(1, 4)).sum().backward()
+        if users == "one rank" and RANK == 0:
+            model[0](torch.tensor([3])).sum().backward()
+        optimizer.step()
+        gradient = model[0].weight.grad
+        assert gradient is None if users == "no rank" else gradient.is_sparse
+        assert replicas_agree(model)
+    assert optimizer.traffic.steps == 2
+    optimizer.close()
+
+
+def test_sparse_embedding_gradients_are_counted():
+    embedding = nn.Embedding(5000, 4, sparse=True)
+    optimizer = distribute(torch.optim.SGD(embedding.parameters(), lr=0.1), embedding)
+    embedding(torch.tensor([3, 4])).sum().backward()
+    optimizer.step()
+    tensor = optimizer.traffic.tensors["weight"]
+    assert tensor.route == "rows"
+    assert tensor.dense_bytes == 4 * 20_000
+    assert tensor.sent_bytes == 8 + 2 * 8 + 8 * 4
+    optimizer.close()
+
+
+@several
+def test_sparse_embeddings_of_different_shapes_are_an_error_on_every_rank():
+    embedding = nn.Embedding(50, 5 if RANK == SIZE - 1 else 4, sparse=True)
+    optimizer = distribute(torch.optim.SGD(embedding.parameters(), lr=0.1), embedding)
+    embedding(torch.tensor([3])).sum().backward()
+    with pytest.raises(ExchangeError, match=r"weight: rank \d has shape \(50, "):
+        optimizer.step()
+    optimizer.close()
+
+
+def test_a_backward_pass_after_synchronize_is_exchanged_again():
+    model = perceptron()
+    optimizer = distribute(sgd(model), model)
+    loss_of(model, 0).backward()
+    optimizer.synchronize()  # and the user drops this step
+    model.zero_grad()
+    loss_of(model, 1).backward()
+    optimizer.step()
+    assert optimizer.traffic.steps == 2
+    assert replicas_agree(model)
+    optimizer.close()
+
+
+def test_skip_synchronize_without_synchronize_is_refused():
+    model = perceptron()
+    optimizer = distribute(sgd(model), model)
+    loss_of(model, 0).backward()
+    with optimizer.skip_synchronize(), pytest.raises(RuntimeError, match="needs sync"):
+        optimizer.step()
+    optimizer.close()
+
+
+def test_parameters_frozen_after_backward_still_agree():
+    model = perceptron()
+    optimizer = distribute(sgd(model), model)
+    loss_of(model, 0).backward()
+    model[0].weight.requires_grad_(False)
+    optimizer.step()
+    assert replicas_agree(model)
+    optimizer.close()
+
+
+def test_copies_and_pickles_are_of_the_plain_class():
+    model = perceptron()
+    optimizer = distribute(sgd(model), model)
+    train(model, optimizer, [0])
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert type(copied) is torch.optim.SGD
+        assert (
+            copied.state_dict()["param_groups"]
+            == sgd(model).state_dict()["param_groups"]
+        )
+        copied.step()
+    optimizer.close()
+
+
+def test_residuals_can_be_rolled_back_to_the_start():
+    model = perceptron()
+    optimizer = distribute(sgd(model), model)
+    start = optimizer.residual_state_dict()
+    train(model, optimizer, [0])
+    optimizer.load_residual_state_dict(start)
+    assert optimizer.residual_state_dict()["step"] == 0
+    train(model, optimizer, [1])
+    assert replicas_agree(model)
+    optimizer.close()
+
+
+@several
+def test_broadcasting_from_different_roots_is_an_error_on_every_rank():
+    model = perceptron()
+    with pytest.raises(ExchangeError, match="root"):
+        sparse.broadcast_parameters(
+            model.state_dict(), root=min(RANK, 1), comm=COMM, timeout_s=20
+        )
+
+
+def test_numpy_numbers_in_options_can_be_broadcast():
+    model = perceptron()
+    optimizer = torch.optim.SGD(model.parameters(), lr=np.float64(0.1))
+    sparse.broadcast_optimizer_state(optimizer, comm=COMM)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_a_rule_given_as_a_class_is_refused():
+    model = perceptron()
+    with pytest.raises(TypeError, match=r"dense must be WhenCheaper\(\) or Never\(\)"):
+        distribute(sgd(model), model, dense=Never)
