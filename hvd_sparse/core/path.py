@@ -398,8 +398,8 @@ class GradientPath:
         for name, tensor in self.tensors.items():
             if name in saved:
                 _check_loaded(name, saved[name], tensor.shape, tensor.dtype)
-            elif not saved.keys() <= self.tensors.keys():
-                raise ValueError(f"{name}: state has no such tensor")
+            elif saved:  # an empty state is that of a start: it resets all
+                raise ValueError(f"state has no tensor {name!r}")
         self._loaded = dict(saved)
         self.memory.residuals.clear()
         self.traffic.steps = state["step"]
