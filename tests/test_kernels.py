@@ -461,3 +461,17 @@ def test_a_residual_starts_as_wide_flat_zeros(
         residual = kind.module.zeros_like(kind.array(np.ones(shape, dtype)))
         same_bits(residual, np.zeros(int(np.prod(shape)), wide(dtype)))
         assert as_numpy(residual).flags.c_contiguous
+
+
+def test_a_user_who_may_write_nowhere_can_import_the_kernels() -> None:
+    script = (
+        "import numba.core.caching as caching\n"
+        "caching.CacheImpl._locator_classes = []\n"
+        "import numpy as np\n"
+        "from hvd_sparse.kernels import host\n"
+        "host.add_at(np.zeros(3), np.array([1], np.int32), np.ones(1))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr

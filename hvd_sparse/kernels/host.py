@@ -44,7 +44,15 @@ _RUN = 32  # elements sampled side by side: two cache lines arrive together
 _STRETCH = 8192  # elements accumulated before their hits are looked at, in L1
 # added, it leaves every residual as it is, -0.0 included
 _NOTHING = {4: np.full(LANES, -0.0, np.float32), 8: np.full(LANES, -0.0)}
-_jit = njit(nogil=True, cache=True, error_model="numpy")
+
+
+def _jit(function: Any) -> Any:
+    """Compiled at first use and kept on disk, where this user may write anywhere."""
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # numba found no folder for its cache
+        return njit(**options)(function)
 
 
 # --------------------------------------------------------------------- exact finish
