@@ -80,10 +80,10 @@ class MpiExchange:
         comm = mpi.COMM_WORLD if comm is None else comm
         if not isinstance(comm, mpi.Comm) or comm == mpi.COMM_NULL:
             raise TypeError(f"comm must be an mpi4py communicator, got {comm!r}")
-        self._comm: Any = comm.Dup()
+        self.timeout_s = timeout_s
+        self._comm = self._duplicate(comm)
         self.rank: int = self._comm.Get_rank()
         self.size: int = self._comm.Get_size()
-        self.timeout_s = timeout_s
         self.step = 0
         self.message_bytes = 1 << 30  # collectives count in C ints: split above this
         self.overhead_bytes = 0
@@ -93,6 +93,21 @@ class MpiExchange:
         self._words = np.empty(0, np.int64)
         self._forget()
         _watch(self)
+
+    def _duplicate(self, comm: Any) -> Any:
+        """Dup that can time out: a peer may have failed before it came here."""
+        duplicate, request = comm.Idup()
+        started = time.monotonic()
+        while not request.Test():
+            if time.monotonic() - started > self.timeout_s:
+                _ABANDONED.append((duplicate, request))
+                _abort_at_exit(comm)
+                raise ExchangeError(
+                    f"rank {comm.Get_rank()} gave up after {self.timeout_s:g} s: a "
+                    "peer did not make its exchange"
+                )
+            time.sleep(_PAUSE_S)
+        return duplicate
 
     def _forget(self) -> None:
         self._payloads: list[Array] = []
@@ -146,7 +161,11 @@ class MpiExchange:
         while self._protocol is not None:
             if not all([request.Test() for request in self._waiting]):  # noqa: C419  # test all
                 return False
-            self._waiting = next(self._protocol, [])
+            try:
+                self._waiting = next(self._protocol, [])
+            except ExchangeError:
+                self._protocol = None  # all ranks know, and nothing is under way
+                raise
             if not self._waiting:
                 self._protocol = None
         return True
@@ -195,10 +214,19 @@ class MpiExchange:
             f"{self._what}: step {self.step}: rank {self.rank} gave up after "
             f"{waited:.1f} s (timeout_s={self.timeout_s:g}); a peer did not arrive"
         )
-        # MPI still writes into these: never freed, never reused
+        self._keep_for_ever()
+        raise ExchangeError(self._refusal)
+
+    def _keep_for_ever(self) -> None:
+        """MPI still writes into these: never freed, never reused."""
         _ABANDONED.append(vars(self).copy())
         _abort_at_exit(self._comm)
-        raise ExchangeError(self._refusal)
+
+    def interrupt(self, reason: str) -> None:
+        """Leave a step that is under way; the exchange can not be used any more."""
+        if self.busy and not self._refusal:
+            self._refusal = reason
+            self._keep_for_ever()
 
     def _exchange(
         self, rows: Sequence[Row], configuration: str
@@ -284,9 +312,10 @@ class MpiExchange:
         """
         if self._refusal or self.size == 1:
             return
-        self._forget()
         patience, self.timeout_s = self.timeout_s, timeout_s or self.timeout_s
         try:
+            self.close_step()  # peers are in it too; the next step is for the report
+            self._forget()
             self._begin(self._farewell(error), f"after {type(error).__name__}")
             self.close_step()
         finally:
@@ -335,6 +364,8 @@ class MpiExchange:
 
     def free(self) -> None:
         """Free the private communicator; collective, and only where nothing is lost."""
+        if self.busy:
+            raise RuntimeError("finish() must come before close()")
         _OPEN.discard(self)
         if not self._refusal and not _mpi().Is_finalized():
             self._comm.Free()

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvd_sparse.agreement import Row
-from hvd_sparse.core.contracts import Average, ExchangeError, Sparsifier
+from hvd_sparse.core.contracts import Average, Sparsifier
 from hvd_sparse.core.path import Flight, GradientPath
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
@@ -76,6 +76,7 @@ class SparseAllreduce:
         self._outs: Mapping[str, Array] = {}
         self._blobs: dict[str, Blob] = {}
         self._handles: dict[str, int] = {}
+        self._under_way = False
         self.gathered: dict[str, list[Array]] = {}
 
     @property
@@ -137,7 +138,7 @@ class SparseAllreduce:
             out: as in grouped_allreduce.
             blobs: per name, bytes to gather; `gathered` has them, until the next step.
         """
-        if self._exchange.busy:
+        if self._under_way:
             raise RuntimeError("finish() must come before the next start()")
         flights: list[Flight] = []
         blobs = blobs or {}
@@ -151,15 +152,13 @@ class SparseAllreduce:
             handles = {
                 n: self._exchange.start(n, b.data) for n, b in self._blobs.items()
             }
+            # made last: an array that can not be sent needs no room for its result
+            self._outs = out or {n: _empty(n, g) for n, g in gradients.items()}
         except Exception as error:
             self._recall(flights)
             self._exchange.report(error)
             raise
-        self._flights = flights
-        # made only now: an array that can not be sent needs no room for its result
-        self._outs = out or {
-            n: np.empty(g.shape, g.dtype) for n, g in gradients.items()
-        }
+        self._flights, self._under_way = flights, True
         rows = [_row(flight) for flight in flights]
         rows += [(n, b.shape, b.dtype, 0, "rows", 0) for n, b in self._blobs.items()]
         self._handles = handles
@@ -173,6 +172,8 @@ class SparseAllreduce:
 
     def finish(self) -> dict[str, Array]:
         """Wait, aggregate, and hand back."""
+        if not self._under_way:
+            raise RuntimeError("start() must come before finish()")
         with self._nothing_lost():
             self._exchange.close_step()
         outs = dict(self._outs)
@@ -188,6 +189,7 @@ class SparseAllreduce:
         }
         self._count()
         self._exchange.clear()
+        self._flights, self._under_way = [], False
         return outs
 
     def _count(self) -> None:
@@ -213,14 +215,15 @@ class SparseAllreduce:
         """A failed exchange leaves the residuals as if it had not been tried."""
         try:
             yield
-        except ExchangeError:
+        except BaseException as error:
+            self._exchange.interrupt(f"{type(error).__name__} in the middle of a step")
             self._recall(self._flights)
             raise
 
     def _recall(self, flights: list[Flight]) -> None:
         for flight in flights:
             self._path.recall(flight)
-        self._flights = []
+        self._flights, self._under_way = [], False
         self._exchange.clear()
 
     # ------------------------------------------------------------------------ state
@@ -291,9 +294,19 @@ def _check_out(name: str, gradient: Array, out: Mapping[str, Array] | None) -> N
         raise ValueError(f"{name}: out is read-only")
 
 
+def _empty(name: str, gradient: Array) -> Array:
+    if not isinstance(gradient, np.ndarray):
+        kind = type(gradient).__name__
+        raise TypeError(
+            f"{name}: gradient must be a numpy array without out, got {kind}"
+        )
+    return np.empty(gradient.shape, gradient.dtype)
+
+
 def _contiguous(out: Array) -> Array:
-    if not isinstance(out, np.ndarray) or (
-        out.flags.c_contiguous and out.flags.aligned
-    ):
+    """out, or something contiguous of its shape to be copied into it."""
+    if not isinstance(out, np.ndarray):
+        return out if out.is_contiguous() else out.new_empty(out.shape)
+    if out.flags.c_contiguous and out.flags.aligned:
         return out
     return np.empty(out.shape, out.dtype)

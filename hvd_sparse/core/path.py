@@ -39,9 +39,10 @@ from hvd_sparse.core.payload import (
     encode,
 )
 from hvd_sparse.core.routing import Dense, WhenCheaper
-from hvd_sparse.core.sparsifiers import elements
+from hvd_sparse.core.sparsifiers import RandomK, Threshold, TopK, elements
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.kernels import kernels_for
+from hvd_sparse.kernels.reference import check_indices
 
 STATE_FORMAT = 1
 MOST_ELEMENTS = 2**31 - 1
@@ -85,6 +86,15 @@ class Tensor:
         if count != k if not self.varies else count > k:
             most = "at most " if self.varies else ""
             raise ValueError(f"{self.name}: {most}{k} must be selected, got {count}")
+        if str(values.dtype).rsplit(".")[-1] not in ("float32", "float64"):
+            raise ValueError(
+                f"{self.name}: values must be of the residual's dtype, "
+                f"got {values.dtype}"
+            )
+        if isinstance(indices, np.ndarray) and not isinstance(
+            self.sparsifier, TopK | RandomK | Threshold
+        ):
+            check_indices(indices, self.header.n)
         if values.shape[0] != count:
             raise ValueError(
                 f"{self.name}: {count} indices were selected, but {values.shape[0]} "
@@ -238,8 +248,10 @@ class GradientPath:
         try:
             tensor.check(selection)
         except ValueError:
-            if selection.indices.shape == selection.values.shape:
-                self.memory.restore(tensor.name, selection.indices, selection.values)
+            indices, values = selection.indices, selection.values
+            inside = bool((indices >= 0).all() and (indices < tensor.header.n).all())
+            if inside and indices.shape == values.shape:
+                self.memory.restore(tensor.name, indices, values)
             raise
 
     def _restore(self, flight: Flight, own: Selection) -> None:

@@ -280,10 +280,12 @@ class _Distributed:
         Returns:
             format, rank, size, configuration, step, and under "tensors", per name,
             shape, dtype, step and residual (a tensor; None where it goes dense);
-            under "parameters" the shapes of all that the optimizer holds.
+            under "parameters" the shapes of all that the optimizer holds, under
+            "kinds" which gradients are sparse.
         """
         state = _with_residuals(self._sparse.reduce.state_dict(), _as_tensor)
-        return {**state, "parameters": self._sparse.shapes()}
+        kinds = dict(self._sparse.kinds)
+        return {**state, "parameters": self._sparse.shapes(), "kinds": kinds}
 
     def load_residual_state_dict(self, state: dict[str, Any]) -> None:
         """Continue, bitwise, where residual_state_dict was called; each rank its own.
@@ -299,6 +301,7 @@ class _Distributed:
                     f"{here.get(name)} (None: no such parameter)"
                 )
         self._sparse.reduce.load_state_dict(_with_residuals(state, self._as_stored))
+        self._sparse.kinds = dict(state["kinds"])
 
     def _as_stored(self, name: str, residual: Tensor) -> Any:
         """Residuals live where their parameter does, in host memory as numpy arrays."""
@@ -375,6 +378,8 @@ def _dense_gradient(parameter: Tensor) -> Tensor:
     """Its gradient; zeros where this rank did not use the parameter in this step."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
+    elif parameter.grad.layout is not torch.strided:
+        parameter.grad = parameter.grad.to_dense()
     return parameter.grad
 
 
@@ -384,6 +389,8 @@ def _sparse_gradient(parameter: Tensor) -> Tensor:
         shape = parameter.shape
         indices = torch.empty((1, 0), dtype=torch.int64, device=parameter.device)
         return _rows(indices, parameter.new_empty((0, *shape[1:])), shape)
+    if parameter.grad.layout is torch.strided:  # used densely too, in this step
+        return parameter.grad.to_sparse(1).coalesce()
     return parameter.grad.coalesce()
 
 

@@ -12,7 +12,6 @@ from hvd_sparse import (
     Average,
     ExchangeError,
     Never,
-    PayloadError,
     RandomK,
     Selection,
     Sum,
@@ -222,11 +221,10 @@ def test_closed_means_closed():
 def test_start_and_finish_take_turns():
     with SparseAllreduce(TopK(0.1), comm=COMM, dense=Never()) as reduce:
         reduce.start({"a": np.ones(8, np.float32)})
-        if reduce._exchange.busy:
-            with pytest.raises(RuntimeError, match="finish"):
-                reduce.start({"a": np.ones(8, np.float32)})
         while not reduce.progress():
             pass
+        with pytest.raises(RuntimeError, match="finish"):
+            reduce.start({"a": np.ones(8, np.float32)})
         np.testing.assert_array_equal(reduce.finish()["a"][0], 1)
 
 
@@ -404,7 +402,7 @@ class Unordered(Careless):
 def test_indices_that_do_not_ascend_are_an_error_and_lose_nothing():
     gradient = np.ones(8, np.float32)
     with SparseAllreduce(Unordered(4), comm=COMM, dense=Never()) as reduce:
-        with pytest.raises(PayloadError, match="w: indices must ascend"):
+        with pytest.raises(ValueError, match="indices must ascend"):
             reduce.allreduce("w", gradient)
         residual = reduce._path.memory.residuals["w"]
         np.testing.assert_array_equal(residual, gradient)
