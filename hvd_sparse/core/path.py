@@ -86,14 +86,13 @@ class Tensor:
         if count != k if not self.varies else count > k:
             most = "at most " if self.varies else ""
             raise ValueError(f"{self.name}: {most}{k} must be selected, got {count}")
-        if str(values.dtype).rsplit(".")[-1] not in ("float32", "float64"):
+        wanted = "float64" if self.header.dtype == "float64" else "float32"
+        if _dtype(values) != wanted:
             raise ValueError(
-                f"{self.name}: values must be of the residual's dtype, "
-                f"got {values.dtype}"
+                f"{self.name}: values must be {wanted}, got {values.dtype}"
             )
-        if isinstance(indices, np.ndarray) and not isinstance(
-            self.sparsifier, TopK | RandomK | Threshold
-        ):
+        ours = isinstance(self.sparsifier, TopK | RandomK | Threshold)
+        if isinstance(indices, np.ndarray) and not ours:
             check_indices(indices, self.header.n)
         if values.shape[0] != count:
             raise ValueError(
