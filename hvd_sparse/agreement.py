@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from struct import Struct
 
-_FORMAT = Struct("<4sBB2xqqqq16s")
+_FORMAT = Struct("<4sBB2xqq16s")
 _MAGIC = b"HVSA"
 _VERSION = 1
 STEP_HEADER_BYTES = _FORMAT.size
@@ -29,16 +29,12 @@ class StepHeader:
     Attributes:
         step: completed exchanges of this communicator.
         payload_bytes: what this rank will send in the allgatherv; may differ.
-        dense_floats: elements of the dense float32 allreduce.
-        dense_doubles: elements of the dense float64 allreduce.
-        digest: 16 bytes over all rows and the configuration.
+        digest: 16 bytes over all rows, thus all sizes, and the configuration.
         raised: this rank can not take part; its reason follows.
     """
 
     step: int
     payload_bytes: int
-    dense_floats: int
-    dense_doubles: int
     digest: bytes
     raised: bool = False
 
@@ -50,8 +46,6 @@ class StepHeader:
             self.raised,
             self.step,
             self.payload_bytes,
-            self.dense_floats,
-            self.dense_doubles,
             self.digest,
         )
 
@@ -67,13 +61,13 @@ def unpack(data: bytes) -> StepHeader:
     Raises:
         ValueError: these are not the bytes of a header of this version.
     """
-    magic, version, raised, step, size, floats, doubles, known = _FORMAT.unpack(data)
+    magic, version, raised, step, size, known = _FORMAT.unpack(data)
     if (magic, version) != (_MAGIC, _VERSION):
         raise ValueError(
             f"step header {magic!r} version {version}, expected {_MAGIC!r} version "
             f"{_VERSION}: ranks run different releases of hvd_sparse"
         )
-    return StepHeader(step, size, floats, doubles, known, bool(raised))
+    return StepHeader(step, size, known, bool(raised))
 
 
 def digest(rows: Sequence[Row], configuration: str) -> bytes:

@@ -46,7 +46,7 @@ Request = Any
 WARNING_S = 60.0
 _SPIN_S = 0.5  # poll without sleeping this long: peers are usually close behind
 _PAUSE_S = 2e-4
-_FAREWELL_S = 5.0  # how long a failing rank waits for peers to hear of it
+_FAREWELL_S = 5.0  # how long a failing rank waits for one more peer to hear of it
 _REASON_BYTES = 1024
 _WORD = 8
 _LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE")
@@ -238,8 +238,6 @@ class MpiExchange:
         header = StepHeader(
             self.step,
             sizes.nbytes + int(sizes.sum()),
-            dense[np.float32].size,
-            dense[np.float64].size,
             digest(rows, configuration),
         )
         headers = yield from self._agree(header)
@@ -302,7 +300,7 @@ class MpiExchange:
 
     # ------------------------------------------------------- when something is wrong
 
-    def report(self, error: BaseException, timeout_s: float | None = None) -> None:
+    def report(self, error: BaseException) -> None:
         """Tell the peers, in place of this step, that this rank raised.
 
         Returns when they have heard it; this rank then raises its own error.
@@ -310,21 +308,25 @@ class MpiExchange:
         Raises:
             ExchangeError: they did not come to hear it in time.
         """
+        self._started = time.monotonic()
+        for _ in self.reporting(error):
+            self._pause_or_give_up()
+
+    def reporting(self, error: BaseException) -> Iterator[None]:
+        """What `report` does, as an iterator that ends when the peers have heard."""
         if self._refusal or self.size == 1:
             return
-        patience, self.timeout_s = self.timeout_s, timeout_s or self.timeout_s
-        try:
-            self.close_step()  # peers are in it too; the next step is for the report
-            self._forget()
-            self._begin(self._farewell(error), f"after {type(error).__name__}")
-            self.close_step()
-        finally:
-            self.timeout_s = patience
-            if not self._refusal:
-                self._forget()
+        while not self.advance():  # peers are in it too; the next is for the report
+            yield
+        self._forget()
+        self._started = time.monotonic()
+        self._begin(self._farewell(error), f"after {type(error).__name__}")
+        while not self.advance():
+            yield
+        self._forget()
 
     def _farewell(self, error: BaseException) -> Generator[list[Request], None, None]:
-        header = StepHeader(self.step, 0, 0, 0, bytes(16), raised=True)
+        header = StepHeader(self.step, 0, bytes(16), raised=True)
         headers = yield from self._agree(header)
         reason = f"{type(error).__name__}: {error}"
         yield from self._reasons(reason, headers)
@@ -442,6 +444,30 @@ def _abort_at_exit(comm: Any) -> None:
     atexit.register(abort)
 
 
+def _say_farewell(error: BaseException, exchanges: list[MpiExchange]) -> None:
+    """Report to the peers of all exchanges side by side.
+
+    In which of them they wait, and in which order, is not known. Where nobody listens,
+    the Abort at exit ends them.
+    """
+    talks = [(exchange, exchange.reporting(error)) for exchange in exchanges]
+    heard = time.monotonic()
+    while talks and time.monotonic() - heard < _FAREWELL_S:
+        waiting = [talk for talk in talks if _goes_on(talk[1])]
+        if len(waiting) < len(talks):
+            heard = time.monotonic()  # and time for that peer to say what it heard
+        talks = waiting
+        time.sleep(_PAUSE_S)
+    for exchange, _ in talks:
+        exchange.interrupt(f"{type(error).__name__} was raised")
+
+
+def _goes_on(talk: Iterator[None]) -> bool:
+    with suppress(ExchangeError):  # its peers know already
+        return next(talk, talk) is None
+    return False
+
+
 def _watch(exchange: MpiExchange) -> None:
     """From now on an uncaught exception in this process reaches the peers."""
     _OPEN.add(exchange)
@@ -456,10 +482,7 @@ def _watch(exchange: MpiExchange) -> None:
     ) -> None:
         previous(kind, error, traceback)
         if isinstance(error, Exception) and not isinstance(error, ExchangeError):
-            for open_exchange in list(_OPEN):
-                # where nobody listens, the Abort at exit ends them
-                with suppress(ExchangeError):
-                    open_exchange.report(error, _FAREWELL_S)
+            _say_farewell(error, list(_OPEN))
 
     excepthook.reports_to_peers = True  # type: ignore[attr-defined]
     sys.excepthook = excepthook

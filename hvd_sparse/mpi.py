@@ -25,12 +25,19 @@ class Blob(NamedTuple):
         shape: what ranks must agree on beside the name.
         dtype: the same.
         dense_bytes: of the gradient it stands for; 0 if it stands for none.
+        elements: values of the gradient in data.
     """
 
     data: Array
     shape: tuple[int, ...] = ()
     dtype: str = "bytes"
     dense_bytes: int = 0
+    elements: int = 0
+
+    @property
+    def route(self) -> str:
+        """Rows of a gradient, or bytes that are none."""
+        return "rows" if self.dense_bytes else "bytes"
 
 
 class SparseAllreduce:
@@ -69,8 +76,8 @@ class SparseAllreduce:
         self._exchange = MpiExchange(comm, timeout_s)
         try:
             self._path = GradientPath(sparsifier, self._exchange, op=op, dense=dense)
-        except (TypeError, ValueError):
-            self._exchange.free()
+        except (TypeError, ValueError) as error:
+            self._exchange.report(error)  # peers may have better arguments
             raise
         self._flights: list[Flight] = []
         self._outs: Mapping[str, Array] = {}
@@ -160,10 +167,20 @@ class SparseAllreduce:
             raise
         self._flights, self._under_way = flights, True
         rows = [_row(flight) for flight in flights]
-        rows += [(n, b.shape, b.dtype, 0, "rows", 0) for n, b in self._blobs.items()]
+        rows += [(n, b.shape, b.dtype, 0, b.route, 0) for n, b in self._blobs.items()]
         self._handles = handles
         with self._nothing_lost():
             self._exchange.open(rows, self._path.configuration)
+
+    def report(self, error: BaseException) -> None:
+        """Tell the peers that this rank raised and takes no part in this step.
+
+        Returns when they have heard; each of them gets an ExchangeError.
+
+        Raises:
+            ExchangeError: they did not come to hear it in time.
+        """
+        self._exchange.report(error)
 
     def progress(self) -> bool:
         """Advance the exchange without waiting; returns whether it is complete."""
@@ -181,12 +198,14 @@ class SparseAllreduce:
             for flight in self._flights:
                 out = outs[flight.tensor.name]
                 target = _contiguous(out)
-                self._path.receive(flight, target)
+                self._path.hand_back(flight, target)
                 if target is not out:
                     out[...] = target
-        self.gathered = {
-            n: list(self._exchange.finish(h)) for n, h in self._handles.items()
-        }
+            self.gathered = {
+                n: list(self._exchange.finish(h)) for n, h in self._handles.items()
+            }
+        for flight in self._flights:  # all have arrived
+            self._path.settle(flight)
         self._count()
         self._exchange.clear()
         self._flights, self._under_way = [], False
@@ -200,9 +219,11 @@ class SparseAllreduce:
         for name, parts in self.gathered.items():
             sizes = [part.nbytes for part in parts]
             sent, received = sizes[self.rank], sum(sizes) - sizes[self.rank]
-            dense_bytes = self._blobs[name].dense_bytes
+            blob = self._blobs[name]
+            dense_bytes = blob.dense_bytes
             if dense_bytes:
                 tensor = traffic.tensor(name, "rows")
+                tensor.sent_elements += blob.elements
                 tensor.sent_bytes += sent
                 tensor.received_bytes += received
                 tensor.dense_bytes += dense_bytes

@@ -23,8 +23,6 @@ HEADERS = st.builds(
     StepHeader,
     step=COUNTS,
     payload_bytes=COUNTS,
-    dense_floats=COUNTS,
-    dense_doubles=COUNTS,
     digest=st.binary(min_size=16, max_size=16),
     raised=st.booleans(),
 )
@@ -50,9 +48,7 @@ def test_what_is_unpacked_is_what_was_packed(header: StepHeader) -> None:
 def test_byte_counts_may_differ_between_ranks_and_nothing_else(
     one: StepHeader, other: StepHeader
 ) -> None:
-    alike = StepHeader(
-        one.step, other.payload_bytes, 0, 0, one.digest, raised=other.raised
-    )
+    alike = StepHeader(one.step, other.payload_bytes, one.digest, raised=other.raised)
     assert alike.common == one.common
     assert (one.common == other.common) == (
         (one.step, one.digest) == (other.step, other.digest)
@@ -66,7 +62,7 @@ def test_byte_counts_may_differ_between_ranks_and_nothing_else(
 def test_a_header_of_another_release_is_refused(
     offset: int, value: bytes, found: str
 ) -> None:
-    data = bytearray(StepHeader(0, 0, 0, 0, bytes(16)).pack())
+    data = bytearray(StepHeader(0, 0, bytes(16)).pack())
     data[offset : offset + len(value)] = value
     with pytest.raises(ValueError, match=f"{found}, expected b'HVSA' version 1"):
         unpack(bytes(data))

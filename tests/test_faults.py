@@ -47,3 +47,28 @@ def test_a_rank_that_leaves_early_is_an_error_not_a_hang() -> None:
     job = fault("absent")
     assert job.code != 0
     assert gave_up_in_time(job.errors)
+
+
+def test_a_rank_that_raises_between_start_and_finish_is_heard_by_its_peers() -> None:
+    job = fault("between")
+    assert job.code != 0
+    assert "rank 0: ExchangeError: layer: rank 1 raised ZeroDivisionError" in job.errors
+
+
+def test_a_rank_with_several_exchanges_is_heard_in_all_of_them_at_once() -> None:
+    job = fault("several")
+    assert job.code != 0
+    assert "rank 0: ExchangeError: layer: rank 1 raised ZeroDivisionError" in job.errors
+
+
+def test_a_rank_that_makes_no_exchange_is_an_error_not_a_hang() -> None:
+    job = fault("construct")
+    assert job.code != 0
+    assert "a peer did not make its exchange" in job.errors
+
+
+def test_a_warning_made_an_error_loses_nothing_and_ends_the_job() -> None:
+    job = fault("warning")
+    assert job.code != 0
+    assert "rank 0: lost 0" in job.errors
+    assert "can not be used any more: UserWarning in the middle" in job.errors

@@ -211,18 +211,28 @@ class GradientPath:
         Raises:
             PayloadError: a peer disagrees; names tensor, rank, expected and found.
         """
-        tensor = flight.tensor
-        if tensor.dense:
+        try:
+            self.hand_back(flight, out)
+        except PayloadError:
+            self.recall(flight)
+            raise
+        self.settle(flight)
+        return out
+
+    # receive in halves, for a group that arrives whole or not at all
+
+    def hand_back(self, flight: Flight, out: Array) -> None:
+        """Receive, but for the last word: `settle` or `recall` must follow."""
+        if flight.tensor.dense:
             self._hand_back_dense(flight, out)
         else:
-            try:
-                self._hand_back_sparse(flight, out)
-            except PayloadError:
-                self.recall(flight)
-                raise
+            self._hand_back_sparse(flight, out)
+
+    def settle(self, flight: Flight) -> None:
+        """What was sent has arrived and can not be recalled any more."""
+        tensor = flight.tensor
         tensor.in_flight = False
         tensor.header = tensor.header._replace(step=tensor.header.step + 1)
-        return out
 
     def recall(self, flight: Flight) -> None:
         """Put back what was sent when its exchange failed: nothing is lost."""
@@ -230,7 +240,6 @@ class GradientPath:
         if tensor.in_flight:
             assert tensor.payload is not None
             self._restore(flight, decode(tensor.payload, tensor.header, varies=True))
-            tensor.in_flight = False
 
     # ------------------------------------------------------------ stages, in detail
 
@@ -258,6 +267,7 @@ class GradientPath:
     def _restore(self, flight: Flight, own: Selection) -> None:
         indices = own.indices if flight.indices is None else flight.indices
         self.memory.restore(flight.tensor.name, indices, own.values)
+        flight.tensor.in_flight = False
 
     def _decode(self, flight: Flight) -> list[Selection]:
         tensor = flight.tensor

@@ -109,64 +109,104 @@ class _Gradients:
         self.synchronized = False  # by the user, and no backward pass or step since
         self.skip = False
         self.kinds: dict[str, str] = {}  # dense or rows, the same on every rank
-        for parameter in names:
-            if parameter.requires_grad:
+        self._hooks: dict[str, Any] = {}
+        self._watch_backward(self._held())
+
+    def exchange(self, loss: Any = None) -> Any:
+        """Replace every gradient by its mean over ranks; returns the mean loss.
+
+        Which parameters have a gradient, and of which kind, only some ranks may know:
+        those that used them. So the exchange carries the names of gradients that the
+        others can not expect, and a second one, where there are any, the gradients.
+        """
+        with self._reported():
+            held = self._held()
+            self._watch_backward(held)
+            expected = {
+                n: p for n, p in held.items() if n in self.kinds and p.requires_grad
+            }
+            blobs = {}
+            if len(expected) < len(held):
+                blobs[_KINDS] = _pack_kinds(held, expected)
+            if loss is not None:
+                number = np.array([_number(loss)], np.float64)
+                blobs[_LOSS] = Blob(number.view(np.uint8))
+        gathered = self._exchange_gradients(expected, blobs)
+        if loss is not None:
+            loss = _mean_loss(loss, gathered[_LOSS])
+        found = self._learn_kinds(gathered.get(_KINDS, []))
+        if found:
+            # a name that this rank does not hold becomes an error on every rank
+            self._exchange_gradients({n: held[n] for n in found if n in held}, {})
+            self.reduce.traffic.steps -= 1  # of one step
+        return loss
+
+    def _exchange_gradients(
+        self, parameters: dict[str, Tensor], blobs: dict[str, Blob]
+    ) -> dict[str, list[Array]]:
+        """One exchange; returns what was gathered of the blobs."""
+        with self._reported():
+            rows = {
+                n: _sparse_gradient(p)
+                for n, p in parameters.items()
+                if self.kinds[n] == "rows"
+            }
+            gradients = {
+                n: _view(_dense_gradient(p))
+                for n, p in parameters.items()
+                if n not in rows
+            }
+            packed = {name: _pack_rows(gradient) for name, gradient in rows.items()}
+        self.reduce.start(gradients, gradients, {**packed, **blobs})
+        self.reduce.finish()
+        gathered = self.reduce.gathered
+        for name, own in rows.items():
+            parameters[name].grad = self._sum_rows(own, gathered[name])
+        return gathered
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """An error on the way into the exchange reaches the peers that wait in it."""
+        try:
+            yield
+        except Exception as error:
+            self.reduce.report(error)
+            raise
+
+    def _learn_kinds(self, blobs: list[Array]) -> list[str]:
+        """Names that some rank has an unexpected gradient of, in one order."""
+        found: dict[str, str] = {}
+        for blob in blobs:
+            told = json.loads(blob.tobytes().rstrip(b"\0"))
+            found = {**told, **found}  # the lowest rank's word counts
+        self.kinds = {**found, **self.kinds}
+        return sorted(found)
+
+    def _watch_backward(self, held: dict[str, Tensor]) -> None:
+        """After a backward pass what was synchronized is not any more."""
+        for name, parameter in held.items():
+            if parameter.requires_grad and name not in self._hooks:
                 hooked: Any = parameter  # its method has no annotations
-                hooked.register_post_accumulate_grad_hook(self._fresh)
+                hook = hooked.register_post_accumulate_grad_hook(self._fresh)
+                self._hooks[name] = hook
 
     def _fresh(self, parameter: Tensor) -> None:
-        """A backward pass: what was synchronized before is not any more."""
         del parameter
         self.synchronized = False
 
-    def exchange(self, loss: Any = None) -> Any:
-        """Replace every gradient by its mean over ranks; returns the mean loss."""
-        trained = self._trained()
-        self._learn_kinds(trained)
-        gradients: dict[str, Any] = {}
-        rows: dict[str, Tensor] = {}
-        for name, parameter in trained:
-            kind = self.kinds.get(name)
-            if kind == "dense":
-                gradients[name] = _view(_dense_gradient(parameter))
-            elif kind == "rows":
-                rows[name] = _sparse_gradient(parameter)
-        blobs = {name: _pack_rows(gradient) for name, gradient in rows.items()}
-        if loss is not None:
-            number = np.array([_number(loss)], np.float64)
-            blobs[_LOSS] = Blob(number.view(np.uint8))
-        self.reduce.start(gradients, gradients, blobs)
-        self.reduce.finish()
-        gathered = self.reduce.gathered
-        for name, parameter in trained:
-            if name in rows:
-                parameter.grad = self._sum_rows(rows[name], gathered[name])
-        return None if loss is None else _mean_loss(loss, gathered[_LOSS])
-
-    def _learn_kinds(self, trained: list[tuple[str, Tensor]]) -> None:
-        """Agree on which gradients are sparse; a rank that lacks one can not know.
-
-        Asked once for every parameter, and again while no rank has a gradient of it:
-        such a parameter keeps its None.
-        """
-        unknown = {n: _kind(p) for n, p in trained if n not in self.kinds}
-        if not unknown:
-            return
-        text = json.dumps(unknown).encode()
-        self.reduce.start({}, blobs={_KINDS: Blob(_padded(text))})
-        self.reduce.finish()
-        for blob in self.reduce.gathered[_KINDS]:
-            for name, kind in json.loads(blob.tobytes().rstrip(b"\0")).items():
-                if kind is not None:
-                    self.kinds.setdefault(name, kind)
-        self.reduce.traffic.steps -= 1  # a question, not a step
+    def close(self) -> None:
+        """Leave the parameters as they were."""
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
+        self.reduce.close()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Per name, the shape of the parameter."""
         return {name: tuple(p.shape) for p, name in self.names.items()}
 
-    def _trained(self) -> list[tuple[str, Tensor]]:
-        """What requires a gradient now; frozen parameters take no part."""
+    def _held(self) -> dict[str, Tensor]:
+        """All parameters of the optimizer now, by name."""
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
         for parameter in held:
             if parameter not in self.names:
@@ -175,9 +215,7 @@ class _Gradients:
                     f"a parameter of shape {shape} was added after "
                     "DistributedOptimizer was made; it has no name"
                 )
-        return [
-            (self.names[p], p) for p in held if p.requires_grad or p.grad is not None
-        ]
+        return {self.names[p]: p for p in held}
 
     def _sum_rows(self, own: Tensor, blobs: list[Array]) -> Tensor:
         """Gradients that came sparse stay sparse: gathered as they are, then summed."""
@@ -188,7 +226,7 @@ class _Gradients:
         wide = values if values.dtype.itemsize > 2 else values.float()
         total = _rows(indices, wide, own.shape)
         if self.op is Op.Average:
-            total = total / self.reduce.size
+            total = total * (1 / self.reduce.size)
         return total.to(values.dtype).coalesce()
 
 
@@ -311,7 +349,7 @@ class _Distributed:
 
     def close(self) -> None:
         """Free the private communicator; collective."""
-        self._sparse.reduce.close()
+        self._sparse.close()
 
 
 def _blank(kind: Any) -> Any:
@@ -418,8 +456,11 @@ def _mean_loss(loss: Any, blobs: list[Array]) -> Any:
     return torch.full_like(loss, mean) if isinstance(loss, Tensor) else mean
 
 
-def _padded(data: bytes) -> Array:
-    return np.frombuffer(data + bytes(-len(data) % 8), np.uint8)
+def _pack_kinds(held: dict[str, Tensor], expected: dict[str, Tensor]) -> Blob:
+    """Names and kinds of the gradients here that the peers do not expect."""
+    told = {n: _kind(p) for n, p in held.items() if n not in expected}
+    text = json.dumps({n: kind for n, kind in told.items() if kind}).encode()
+    return Blob(np.frombuffer(text + bytes(-len(text) % 8), np.uint8))
 
 
 def _pack_rows(gradient: Tensor) -> Blob:
@@ -434,6 +475,7 @@ def _pack_rows(gradient: Tensor) -> Blob:
         tuple(gradient.shape),
         str(gradient.dtype).removeprefix("torch."),
         gradient.numel() * gradient.dtype.itemsize,
+        gradient.values().numel(),
     )
 
 

@@ -12,6 +12,7 @@ from hvd_sparse import (
     Average,
     ExchangeError,
     Never,
+    PayloadError,
     RandomK,
     Selection,
     Sum,
@@ -363,15 +364,15 @@ class Careless:
 
     density = 0.5
 
-    def __init__(self, count, dtype=np.int32):
-        self.count, self.dtype = count, dtype
+    def __init__(self, count, dtype=np.int32, values=np.float32):
+        self.count, self.dtype, self.values = count, dtype, values
 
     def select(self, residual, gradient, k, step):
         residual += gradient
         indices = np.arange(self.count, dtype=self.dtype)
         values = residual[indices]
         residual[indices] = 0
-        return Selection(indices, values, 0)
+        return Selection(indices, values.astype(self.values), 0)
 
 
 @pytest.mark.parametrize(
@@ -379,8 +380,9 @@ class Careless:
     [
         (Careless(3), "w: 4 must be selected, got 3"),
         (Careless(4, np.int64), "w: indices must be int32, got int64"),
+        (Careless(4, values=np.float64), "w: values must be float32, got float64"),
     ],
-    ids=["count", "dtype"],
+    ids=["count", "dtype of indices", "dtype of values"],
 )
 def test_a_careless_sparsifier_is_named_and_loses_nothing(sparsifier, message):
     gradient = np.arange(1, 9, dtype=np.float32)
@@ -406,6 +408,56 @@ def test_indices_that_do_not_ascend_are_an_error_and_lose_nothing():
             reduce.allreduce("w", gradient)
         residual = reduce._path.memory.residuals["w"]
         np.testing.assert_array_equal(residual, gradient)
+
+
+class Astray(Careless):
+    """Indices that no tensor of this size has."""
+
+    def select(self, residual, gradient, k, step):
+        selection = super().select(residual, gradient, k, step)
+        return selection._replace(indices=selection.indices + np.int32(100))
+
+
+def test_indices_out_of_range_are_an_error_before_anything_moves():
+    with SparseAllreduce(Astray(4), comm=COMM, dense=Never(), timeout_s=5) as reduce:
+        with pytest.raises(ValueError, match="indices must"):
+            reduce.allreduce("w", np.ones(8, np.float32))
+        assert reduce.traffic.sent_bytes == 0
+
+
+@pytest.mark.parametrize("place", [0, 48], ids=["magic", "first index"])
+def test_a_damaged_payload_returns_what_all_tensors_of_its_group_sent(
+    place, monkeypatch
+):
+    mine = {name: np.arange(1, 9, dtype=np.float32) for name in "abc"}
+    with SparseAllreduce(TopK(0.5), comm=COMM, dense=Never(), timeout_s=5) as reduce:
+        finish = reduce._exchange.finish
+
+        def damaged(handle):
+            received = [payload.copy() for payload in finish(handle)]
+            if handle == 1:
+                received[-1][place : place + 4] = 0xEE
+            return received
+
+        monkeypatch.setattr(reduce._exchange, "finish", damaged)
+        with pytest.raises(PayloadError, match="b: "):
+            reduce.grouped_allreduce(mine)
+        for name, gradient in mine.items():
+            residual = reduce.state_dict()["tensors"][name]["residual"]
+            np.testing.assert_array_equal(residual, gradient)
+        monkeypatch.undo()
+        reduce.grouped_allreduce(mine)
+
+
+@several
+def test_a_rank_that_can_not_construct_is_heard_by_those_who_can():
+    if RANK == SIZE - 1:
+        with pytest.raises(ValueError, match="op must be Average or Sum, got 2"):
+            SparseAllreduce(TopK(), comm=COMM, op=2, timeout_s=5)
+        return
+    reduce = SparseAllreduce(TopK(), comm=COMM, timeout_s=5)
+    with pytest.raises(ExchangeError, match=f"rank {SIZE - 1} raised ValueError: op"):
+        reduce.allreduce("a", np.ones(8, np.float32))
 
 
 @several

@@ -11,6 +11,7 @@ from torch import nn
 
 import hvd_sparse.torch as sparse
 from hvd_sparse import ExchangeError, Never, RandomK, Sum, Threshold, TopK
+from hvd_sparse.mpi import SparseAllreduce
 
 COMM = MPI.COMM_WORLD
 RANK, SIZE = COMM.Get_rank(), COMM.Get_size()
@@ -512,13 +513,178 @@ def test_skip_synchronize_without_synchronize_is_refused():
     optimizer.close()
 
 
-def test_parameters_frozen_after_backward_still_agree():
+@pytest.mark.parametrize("users", ["all ranks", "one rank"])
+def test_parameters_frozen_after_backward_still_agree(users):
+    model = nn.ModuleList([nn.Linear(6, 3), nn.Linear(6, 3)])
+    optimizer = distribute(sgd(model), model)
+    for step in range(3):
+        optimizer.zero_grad()
+        model.requires_grad_(True)
+        x, _ = batch(step)
+        output = model[1](x).sum()
+        if users == "all ranks" or RANK == 0:
+            output = output + model[0](x).square().sum()
+        output.backward()
+        model[0].weight.requires_grad_(False)
+        optimizer.step()
+        assert replicas_agree(model)
+    assert optimizer.traffic.tensors["0.weight"].dense_bytes == 3 * 4 * 18
+    assert optimizer.traffic.steps == 3
+    optimizer.close()
+
+
+def test_parameters_that_stay_frozen_keep_no_gradient():
     model = perceptron()
     optimizer = distribute(sgd(model), model)
-    loss_of(model, 0).backward()
+    train(model, optimizer, [0])
+    optimizer.zero_grad()
     model[0].weight.requires_grad_(False)
-    optimizer.step()
+    before = model[0].weight.clone()
+    train(model, optimizer, [1, 2])
+    assert model[0].weight.grad is None
+    assert torch.equal(model[0].weight, before)
+    optimizer.close()
+
+
+def test_a_parameter_that_is_never_used_costs_no_exchange():
+    model = TwoHeads()
+    optimizer = distribute(sgd(model), model)
+    for step in range(5):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x, [0, 1]), y).backward()
+        optimizer.step()
+    assert optimizer.traffic.steps == 5
+    assert optimizer._sparse.reduce._exchange.step == 6  # the first learned the kinds
+    assert model.heads[2].weight.grad is None
+    optimizer.close()
+
+
+@pytest.mark.parametrize("first", ["rows", "dense"])
+def test_a_gradient_may_be_sparse_in_one_step_and_dense_in_the_next(first):
+    embedding = nn.Embedding(50, 4, sparse=first == "rows")
+    optimizer = distribute(torch.optim.SGD(embedding.parameters(), lr=0.1), embedding)
+    for _ in range(3):
+        optimizer.zero_grad()
+        embedding(torch.tensor([RANK, 7])).sum().backward()
+        optimizer.step()
+        assert embedding.weight.grad.is_sparse == (first == "rows")
+        assert replicas_agree(embedding)
+        embedding.sparse = not embedding.sparse
+    optimizer.close()
+
+
+def test_a_gradient_may_be_sparse_on_one_rank_and_dense_on_another():
+    embedding = nn.Embedding(50, 4, sparse=RANK == 0)
+    optimizer = distribute(torch.optim.SGD(embedding.parameters(), lr=0.1), embedding)
+    for _ in range(3):
+        optimizer.zero_grad()
+        embedding(torch.tensor([RANK, 7])).sum().backward()
+        optimizer.step()
+        assert embedding.weight.grad.is_sparse  # rank 0 came first
+        assert replicas_agree(embedding)
+    optimizer.close()
+
+
+@several
+def test_an_error_on_the_way_into_the_exchange_is_heard_by_all():
+    model = perceptron()
+    optimizer = distribute(sgd(model), model)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model, 0)
+        loss.backward()
+        return "no number" if RANK == SIZE - 1 else loss
+
+    error = ValueError if RANK == SIZE - 1 else ExchangeError
+    said = "could not convert" if RANK == SIZE - 1 else f"rank {SIZE - 1} raised Value"
+    with pytest.raises(error, match=said):
+        optimizer.step(closure)
+    train(model, optimizer, [1])  # and goes on
     assert replicas_agree(model)
+    optimizer.close()
+
+
+def test_loss_scaling_skips_a_step_on_all_ranks_or_on_none():
+    model = perceptron()
+    optimizer = distribute(sgd(model), model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    taken = []
+    for step in range(4):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, step)).backward()
+        if step == 2 and RANK == SIZE - 1:
+            model[0].bias.grad[0] = float("inf")
+        before = bits(model)
+        optimizer.synchronize()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        with optimizer.skip_synchronize():
+            scaler.step(optimizer)
+        scaler.update()
+        taken.append(bits(model) != before)
+        assert replicas_agree(model)
+    assert taken == [True, True, False, True]
+    assert scaler.get_scale() == 512.0
+    optimizer.close()
+
+
+def test_closing_leaves_the_parameters_as_they_were():
+    model = perceptron()
+    optimizer = distribute(sgd(model), model)
+    train(model, optimizer, [0])
+    assert all(p._post_accumulate_grad_hooks for p in model.parameters())
+    optimizer.close()
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_tensors_that_are_not_contiguous_take_the_accelerators_path():
+    mine = torch.arange(1.0, 25.0).reshape(4, 6).t() * (RANK + 1)
+    results = []
+    for gradient in (mine, mine.contiguous().numpy()):
+        out = torch.empty(4, 6).t() if gradient is mine else np.empty_like(gradient)
+        with SparseAllreduce(TopK(0.2), comm=COMM, dense=Never()) as reduce:
+            for _ in range(2):
+                reduce.allreduce("w", gradient, out=out)
+        results.append(np.asarray(out))
+    np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.parametrize("route", ["strided", "rows"])
+def test_what_is_unused_after_a_restart_is_still_part_of_the_state(route):
+    def build():
+        embedding = nn.Embedding(50, 4, sparse=route == "rows")
+        model = nn.ModuleDict({"used": nn.Linear(4, 1), "unused": embedding})
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return model, distribute(optimizer, model)
+
+    def steps(model, optimizer, unused):
+        optimizer.zero_grad()
+        for rank_uses in unused:
+            loss = model["used"](torch.ones(1, 4)).sum()
+            if rank_uses:
+                loss = loss + model["unused"](torch.tensor([RANK, 3])).square().sum()
+            loss.backward()
+            optimizer.step()
+
+    model, optimizer = build()
+    steps(model, optimizer, [True])
+    for _ in range(2):
+        saved = optimizer.residual_state_dict()
+        weights = copy.deepcopy(model.state_dict())
+        optimizer.close()
+        model, optimizer = build()
+        model.load_state_dict(weights)
+        optimizer.load_residual_state_dict(saved)
+        assert optimizer.residual_state_dict()["tensors"].keys() == (
+            saved["tensors"].keys()
+        )
+        if RANK == 0:
+            steps(model, optimizer, [False, True])
+        else:
+            steps(model, optimizer, [False, False])
+        assert replicas_agree(model)
     optimizer.close()
 
 

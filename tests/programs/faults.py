@@ -6,19 +6,29 @@ mpirun -np 2 python tests/programs/faults.py FAULT
 import os
 import signal
 import sys
+import time
 import warnings
 
 import numpy as np
 from mpi4py import MPI
 
 import hvd_sparse
+import hvd_sparse.exchange
 import hvd_sparse.mpi
 
 comm = MPI.COMM_WORLD
 fault = sys.argv[1]
-reduce = hvd_sparse.mpi.SparseAllreduce(
-    hvd_sparse.TopK(density=0.1), comm=comm, dense=hvd_sparse.Never(), timeout_s=5
-)
+
+
+def make():
+    return hvd_sparse.mpi.SparseAllreduce(
+        hvd_sparse.TopK(density=0.1), comm=comm, dense=hvd_sparse.Never(), timeout_s=5
+    )
+
+
+if fault == "construct" and comm.rank == 1:
+    sys.exit(0)
+reduce = make()
 gradient = np.ones(100, np.float32)
 
 
@@ -27,7 +37,7 @@ def say(text):
     os.write(2, f"rank {comm.rank}: {text}\n".encode())
 
 
-reduce.allreduce("layer", gradient)
+sent_once = reduce.allreduce("layer", gradient).sum()
 if comm.rank == 1:
     if fault == "pause":
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -37,7 +47,28 @@ if comm.rank == 1:
         raise ZeroDivisionError("in the loss of this rank")
     elif fault == "absent":
         sys.exit(0)
+    elif fault == "between":
+        reduce.start({"layer": gradient})
+        raise ZeroDivisionError("between start and finish")
+    elif fault == "several":
+        others = [make() for _ in range(5)]
+        raise ZeroDivisionError("while it holds six exchanges")
+    elif fault == "warning":
+        time.sleep(1)  # this is the fault: the peer warns, and its warning is an error
+elif fault == "several":
+    others = [make() for _ in range(5)]
+    reduce = others[3]
+elif fault == "warning":
+    hvd_sparse.exchange.WARNING_S = 0.2
+    warnings.simplefilter("error")
+    try:
+        reduce.allreduce("layer", gradient)
+    except UserWarning:
+        residual = reduce.state_dict()["tensors"]["layer"]["residual"]
+        say(f"lost {2 * gradient.sum() - sent_once - residual.sum():g}")
 try:
+    if fault == "between":
+        reduce.allreduce("layer", gradient)
     reduce.allreduce("layer", gradient)
 except hvd_sparse.ExchangeError as error:
     say(f"ExchangeError: {error}")
