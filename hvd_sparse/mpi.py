@@ -147,30 +147,35 @@ class SparseAllreduce:
         """
         if self._under_way:
             raise RuntimeError("finish() must come before the next start()")
-        flights: list[Flight] = []
-        blobs = blobs or {}
         try:
-            gradients = {n: _array(n, g) for n, g in gradients.items()}
-            for name, gradient in gradients.items():
-                _check_out(name, gradient, out)
-            for name in sorted(gradients):
-                flights.append(self._path.send(name, gradients[name]))
-            self._blobs = {n: blobs[n] for n in sorted(blobs)}
-            handles = {
-                n: self._exchange.start(n, b.data) for n, b in self._blobs.items()
-            }
-            # made last: an array that can not be sent needs no room for its result
-            self._outs = out or {n: _empty(n, g) for n, g in gradients.items()}
+            self._send(gradients, out)
+            self._send_blobs(blobs or {})
         except Exception as error:
-            self._recall(flights)
+            self._recall()
             self._exchange.report(error)
             raise
-        self._flights, self._under_way = flights, True
-        rows = [_row(flight) for flight in flights]
+        self._under_way = True
+        rows = [_row(flight) for flight in self._flights]
         rows += [(n, b.shape, b.dtype, 0, b.route, 0) for n, b in self._blobs.items()]
-        self._handles = handles
         with self._nothing_lost():
             self._exchange.open(rows, self._path.configuration)
+
+    def _send(
+        self, gradients: Mapping[str, Array], out: Mapping[str, Array] | None
+    ) -> None:
+        gradients = {n: _array(n, g) for n, g in gradients.items()}
+        for name, gradient in gradients.items():
+            _check_out(name, gradient, out)
+        for name in sorted(gradients):
+            self._flights.append(self._path.send(name, gradients[name]))
+        # made last: an array that can not be sent needs no room for its result
+        self._outs = out or {n: _empty(n, g) for n, g in gradients.items()}
+
+    def _send_blobs(self, blobs: Mapping[str, Blob]) -> None:
+        self._blobs = {n: blobs[n] for n in sorted(blobs)}
+        self._handles = {
+            n: self._exchange.start(n, b.data) for n, b in self._blobs.items()
+        }
 
     def report(self, error: BaseException) -> None:
         """Tell the peers that this rank raised and takes no part in this step.
@@ -238,11 +243,11 @@ class SparseAllreduce:
             yield
         except BaseException as error:
             self._exchange.interrupt(f"{type(error).__name__} in the middle of a step")
-            self._recall(self._flights)
+            self._recall()
             raise
 
-    def _recall(self, flights: list[Flight]) -> None:
-        for flight in flights:
+    def _recall(self) -> None:
+        for flight in self._flights:
             self._path.recall(flight)
         self._flights, self._under_way = [], False
         self._exchange.clear()
