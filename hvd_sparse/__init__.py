@@ -17,6 +17,7 @@ Importing this package imports no framework and no MPI.
 from importlib import import_module
 from typing import Any
 
+from hvd_sparse.carriers import Embedded, Gathered
 from hvd_sparse.core.contracts import (
     Average,
     ExchangeError,
@@ -34,7 +35,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Average",
+    "Embedded",
     "ExchangeError",
+    "Gathered",
     "Never",
     "Op",
     "PayloadError",

@@ -72,6 +72,9 @@ def _mpi() -> Any:
 class MpiExchange:
     """Gathers payloads and reduces dense tensors, all of a step at once."""
 
+    weight = 1
+    uneven = False
+
     def __init__(self, comm: Any, timeout_s: float) -> None:
         """Duplicate the communicator; collective over comm."""
         if not timeout_s > 0:

@@ -220,6 +220,8 @@ class Loopback:
 
     rank: int
     wires: list[dict[str, list[Any]]]  # per rank and name, all that was ever sent
+    weight: int = 1
+    uneven: bool = False
 
     @property
     def size(self) -> int:

@@ -437,10 +437,10 @@ def test_parts_cover_a_tensor_once_at_aligned_cuts(
 
 
 def test_torch_tensors_in_host_memory_are_viewed_not_copied(dtype: np.dtype) -> None:
-    from hvd_sparse.torch.mpi import _view
+    from hvd_sparse.torch.states import viewed
 
     tensor = as_torch(np.arange(6).astype(dtype).reshape(2, 3))
-    view = _view(tensor)
+    view = viewed(tensor)
     assert kernels_for(view) is host
     assert view.dtype == dtype
     assert view.__array_interface__["data"][0] == tensor.data_ptr()

@@ -85,10 +85,26 @@ class Memory(Protocol):
 
 
 class Exchange(Protocol):
-    """Gives every rank the bytes of every rank."""
+    """Gives every rank the bytes of every rank.
 
-    rank: int
-    size: int
+    Attributes:
+        rank: this process, in [0, size).
+        size: how many ranks exchange.
+        weight: what a payload costs, in multiples of its cost in an allgather.
+        uneven: ranks may miss exchanges of their peers, who go on without them.
+    """
+
+    @property
+    def rank(self) -> int: ...  # noqa: D102  # see above
+
+    @property
+    def size(self) -> int: ...  # noqa: D102
+
+    @property
+    def weight(self) -> int: ...  # noqa: D102
+
+    @property
+    def uneven(self) -> bool: ...  # noqa: D102
 
     def start(self, name: str, payload: Array) -> Any:
         """Begin to gather one payload a rank; returns a handle.
@@ -98,7 +114,7 @@ class Exchange(Protocol):
         ...
 
     def finish(self, handle: Any) -> Sequence[Array]:
-        """The payloads of all ranks, rank 0 first."""
+        """The payloads of all ranks, rank 0 first; empty of one that was missing."""
         ...
 
     def start_dense(self, name: str, gradient: Array) -> Any:

@@ -37,6 +37,7 @@ from hvd_sparse.core.payload import (
     Header,
     decode,
     encode,
+    step_of,
 )
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.sparsifiers import RandomK, Threshold, TopK, elements
@@ -45,6 +46,7 @@ from hvd_sparse.kernels import kernels_for
 from hvd_sparse.kernels.reference import check_indices
 
 STATE_FORMAT = 1
+_NOTHING = Selection(np.empty(0, np.int32), np.empty(0, np.float32), 0)
 MOST_ELEMENTS = 2**31 - 1
 
 
@@ -59,6 +61,7 @@ class Tensor:
         dense: this tensor takes the library's own allreduce.
         payload: the last one's bytes; their memory serves the next.
         in_flight: sent and not received yet.
+        latest: the step of the rank that is furthest, where ranks may be apart.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Tensor:
     dense: bool
     payload: Bytes | None = None
     in_flight: bool = False
+    latest: int = 0
 
     def check(self, selection: Selection) -> None:
         """What a custom sparsifier may get wrong, before it becomes a payload.
@@ -127,7 +131,7 @@ class GradientPath:
         sparsifier: Sparsifier,
         exchange: Exchange,
         *,
-        op: int = Average,
+        op: int | None = Average,
         dense: Dense | None = None,
         memory: Memory | None = None,
     ) -> None:
@@ -136,7 +140,7 @@ class GradientPath:
         Args:
             sparsifier: what is worth sending: TopK, RandomK, Threshold or your own.
             exchange: who carries the bytes.
-            op: Average over the ranks, or Sum.
+            op: Average over the ranks, or Sum; None if the door finds out (`self.op`).
             dense: which tensors go dense; WhenCheaper() unless given.
             memory: what keeps the rest; ErrorFeedback() unless given.
 
@@ -151,11 +155,12 @@ class GradientPath:
             )
         if isinstance(dense, type) or not hasattr(dense or WhenCheaper(), "limit"):
             raise TypeError(f"dense must be WhenCheaper() or Never(), got {dense!r}")
-        if op not in (Op.Average, Op.Sum):
+        if op not in (None, Op.Average, Op.Sum):
             raise ValueError(f"op must be Average or Sum, got {op!r}")
         self.sparsifier = sparsifier
         self.exchange = exchange
-        self.op = Op(op)
+        self.op = Average if op is None else Op(op)
+        self._op = "the optimizer's" if op is None else self.op.name
         self.dense = dense if dense is not None else WhenCheaper()
         self.memory = memory if memory is not None else ErrorFeedback()
         self.traffic = Traffic()
@@ -176,7 +181,7 @@ class GradientPath:
             ValueError: its shape or dtype changed, it is too large, or a custom
                 sparsifier selected something else than asked.
         """
-        tensor = self._admit(name, gradient)
+        tensor = self.admit(name, gradient)
         if tensor.dense:
             handle = self.exchange.start_dense(name, _flat(gradient))
             return Flight(tensor, None, handle)
@@ -232,7 +237,9 @@ class GradientPath:
         """What was sent has arrived and can not be recalled any more."""
         tensor = flight.tensor
         tensor.in_flight = False
-        tensor.header = tensor.header._replace(step=tensor.header.step + 1)
+        tensor.header = tensor.header._replace(
+            step=max(tensor.latest, tensor.header.step) + 1
+        )
 
     def recall(self, flight: Flight) -> None:
         """Put back what was sent when its exchange failed: nothing is lost."""
@@ -275,11 +282,9 @@ class GradientPath:
         received = self.exchange.finish(flight.handle)
         for rank, buffer in enumerate(received):
             try:
-                payload = decode(buffer, tensor.header, varies=tensor.varies)
+                payload = self._decode_one(flight, buffer)
             except PayloadError as error:
                 raise PayloadError(f"{tensor.name}: rank {rank}: {error}") from None
-            if flight.indices is not None:
-                payload = payload._replace(indices=flight.indices)
             payloads.append(payload)
         traffic = self.traffic.tensor(tensor.name, tensor.route)
         own = received[self.exchange.rank].size
@@ -288,6 +293,23 @@ class GradientPath:
         traffic.received_bytes += sum(buffer.size for buffer in received) - own
         traffic.dense_bytes += tensor.header.n * tensor.itemsize
         return payloads
+
+    def _decode_one(self, flight: Flight, buffer: Bytes) -> Selection:
+        """Its indices too, where they did not travel."""
+        tensor, header, indices = flight.tensor, flight.tensor.header, flight.indices
+        if self.exchange.uneven:
+            if not buffer.size:
+                return _NOTHING._replace(values=_NOTHING.values.astype(header.wide))
+            # a rank that missed some exchanges is a few steps behind, for once
+            header = header._replace(step=step_of(buffer))
+            tensor.latest = max(tensor.latest, header.step)
+        selection = decode(buffer, header, varies=tensor.varies)
+        if indices is None:
+            return selection
+        if header.step != tensor.header.step:
+            drawn: Any = tensor.sparsifier  # it has shared_indices
+            indices = drawn.indices(header.n, header.k, header.step)
+        return selection._replace(indices=indices)
 
     def _aggregate(self, tensor: Tensor, payloads: list[Selection], out: Array) -> None:
         entries = [(payload.indices, payload.values) for payload in payloads]
@@ -315,7 +337,8 @@ class GradientPath:
 
     # --------------------------------------------------- what ranks decide alike
 
-    def _admit(self, name: str, gradient: Array) -> Tensor:
+    def admit(self, name: str, gradient: Array) -> Tensor:
+        """What is known about this tensor; raises as `send` does."""
         tensor = self.tensors.get(name)
         if tensor is None:
             tensor = self.tensors[name] = self._first_use(name, gradient)
@@ -339,14 +362,15 @@ class GradientPath:
                 f"{name}: gradient must have at most 2**31 - 1 elements (indices are "
                 f"int32), got {n}; split it"
             )
-        step = self._restore_loaded(name, shape, dtype)
+        step = self._restore_loaded(name, gradient)
         sparsifier = self.sparsifier
         if hasattr(sparsifier, "for_tensor"):
             sparsifier = sparsifier.for_tensor(name)
         shared = getattr(sparsifier, "shared_indices", False)
         layout = VALUES_ONLY if shared else INDEXED
         itemsize = gradient.dtype.itemsize
-        limit = self.dense.limit(n, dtype, itemsize, layout, self.exchange.size)
+        size = self.exchange.size * self.exchange.weight
+        limit = self.dense.limit(n, dtype, itemsize, layout, size)
         density = getattr(sparsifier, "density", None)
         k = limit if density is None else elements(density, n)
         least = min(1, n) if density is None else k
@@ -371,7 +395,7 @@ class GradientPath:
         chosen = (
             repr(sparsifier) if is_dataclass(sparsifier) else type(sparsifier).__name__
         )
-        return f"{chosen}, op={self.op.name}, dense={self.dense!r}"
+        return f"{chosen}, op={self._op}, dense={self.dense!r}"
 
     # ------------------------------------------------------------------------ state
 
@@ -423,21 +447,26 @@ class GradientPath:
                 _check_loaded(name, saved[name], tensor.shape, tensor.dtype)
             elif saved:  # an empty state is that of a start: it resets all
                 raise ValueError(f"state has no tensor {name!r}")
-        self._loaded = dict(saved)
+        self.adopt(state)
+
+    def adopt(self, state: dict[str, Any]) -> None:
+        """Continue from a state of this process in another group of ranks.
+
+        Routes are decided anew, since they depend on how many ranks there are.
+        """
+        self.tensors.clear()
+        self._loaded = dict(state["tensors"])
         self.memory.residuals.clear()
         self.traffic.steps = state["step"]
-        for name, tensor in self.tensors.items():
-            step = self._restore_loaded(name, tensor.shape, tensor.dtype)
-            tensor.header = tensor.header._replace(step=step)
 
-    def _restore_loaded(self, name: str, shape: tuple[int, ...], dtype: str) -> int:
-        """Put a loaded residual in its place; returns the tensor's step."""
+    def _restore_loaded(self, name: str, gradient: Array) -> int:
+        """Put a loaded residual where its gradient is; returns the tensor's step."""
         saved = self._loaded.get(name)
         if saved is None:
             return 0
-        _check_loaded(name, saved, shape, dtype)
+        _check_loaded(name, saved, tuple(gradient.shape), _dtype(gradient))
         if saved["residual"] is not None:
-            self.memory.residuals[name] = _copy(saved["residual"], (-1,))
+            _copy_to(self.memory.residual(name, gradient), saved["residual"])
         del self._loaded[name]
         return int(saved["step"])
 
@@ -467,12 +496,14 @@ def _copy(array: Array | None, shape: tuple[int, ...]) -> Array | None:
     return copied.reshape(shape)
 
 
-def _copy_to(out: Array, host: Any) -> None:
-    """Overwrites out, on host or device, with a flat numpy array, rounding."""
+def _copy_to(out: Array, source: Any) -> None:
+    """Overwrites out, on host or device, with as many numbers, rounding."""
     if isinstance(out, np.ndarray):
-        out.reshape(-1)[...] = host
+        out.reshape(-1)[...] = np.asarray(source).reshape(-1)
     else:
-        out.reshape(-1).copy_(out.new_tensor(host))
+        on_host = isinstance(source, np.ndarray)
+        source = out.new_tensor(source) if on_host else source
+        out.reshape(-1).copy_(source.reshape(-1))
 
 
 def _flat(gradient: Array) -> Array:

@@ -11,7 +11,9 @@ Importing this imports torch, and neither MPI nor Horovod: a door does at first 
 
 from hvd_sparse import (
     Average,
+    Embedded,
     ExchangeError,
+    Gathered,
     Never,
     PayloadError,
     RandomK,
@@ -21,6 +23,7 @@ from hvd_sparse import (
     WhenCheaper,
     checkpoint_path,
 )
+from hvd_sparse.torch.horovod import SparseCompressor
 from hvd_sparse.torch.mpi import (
     DistributedOptimizer,
     broadcast_optimizer_state,
@@ -30,10 +33,13 @@ from hvd_sparse.torch.mpi import (
 __all__ = [
     "Average",
     "DistributedOptimizer",
+    "Embedded",
     "ExchangeError",
+    "Gathered",
     "Never",
     "PayloadError",
     "RandomK",
+    "SparseCompressor",
     "Sum",
     "Threshold",
     "TopK",

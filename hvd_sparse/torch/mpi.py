@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -22,6 +21,7 @@ from hvd_sparse.core.contracts import Average, ExchangeError, Op, Sparsifier
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.mpi import Blob, SparseAllreduce
+from hvd_sparse.torch.states import as_tensors, viewed
 
 Array = npt.NDArray[Any]
 Tensor = torch.Tensor
@@ -152,7 +152,7 @@ class _Gradients:
                 if self.kinds[n] == "rows"
             }
             gradients = {
-                n: _view(_dense_gradient(p))
+                n: viewed(_dense_gradient(p))
                 for n, p in parameters.items()
                 if n not in rows
             }
@@ -321,7 +321,7 @@ class _Distributed:
             under "parameters" the shapes of all that the optimizer holds, under
             "kinds" which gradients are sparse.
         """
-        state = _with_residuals(self._sparse.reduce.state_dict(), _as_tensor)
+        state = as_tensors(self._sparse.reduce.state_dict())
         kinds = dict(self._sparse.kinds)
         return {**state, "parameters": self._sparse.shapes(), "kinds": kinds}
 
@@ -338,14 +338,8 @@ class _Distributed:
                     f"{name}: state has shape {saved.get(name)}, expected "
                     f"{here.get(name)} (None: no such parameter)"
                 )
-        self._sparse.reduce.load_state_dict(_with_residuals(state, self._as_stored))
+        self._sparse.reduce.load_state_dict(state)
         self._sparse.kinds = dict(state["kinds"])
-
-    def _as_stored(self, name: str, residual: Tensor) -> Any:
-        """Residuals live where their parameter does, in host memory as numpy arrays."""
-        parameter = next(p for p, n in self._sparse.names.items() if n == name)
-        on_host = parameter.device.type == "cpu"
-        return residual.cpu().numpy() if on_host else residual.to(parameter.device)
 
     def close(self) -> None:
         """Free the private communicator; collective."""
@@ -355,23 +349,6 @@ class _Distributed:
 def _blank(kind: Any) -> Any:
     """An object that its state is still to be given to."""
     return kind.__new__(kind)
-
-
-def _with_residuals(
-    state: dict[str, Any], convert: Callable[[str, Any], Any]
-) -> dict[str, Any]:
-    tensors = {
-        name: saved
-        if saved["residual"] is None
-        else {**saved, "residual": convert(name, saved["residual"])}
-        for name, saved in state["tensors"].items()
-    }
-    return {**state, "tensors": tensors}
-
-
-def _as_tensor(name: str, residual: Any) -> Tensor:
-    del name
-    return torch.as_tensor(residual)
 
 
 def _names(
@@ -432,15 +409,6 @@ def _sparse_gradient(parameter: Tensor) -> Tensor:
     return parameter.grad.coalesce()
 
 
-def _view(tensor: Tensor) -> Any:
-    """A CPU tensor as a numpy array over the same memory; others stay as they are."""
-    if tensor.device.type != "cpu":
-        return tensor.detach()
-    if tensor.dtype is torch.bfloat16:
-        return tensor.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.detach().numpy()
-
-
 def _number(loss: Any) -> float:
     return float(loss.detach() if isinstance(loss, Tensor) else loss)
 
@@ -466,7 +434,7 @@ def _pack_kinds(held: dict[str, Tensor], expected: dict[str, Tensor]) -> Blob:
 def _pack_rows(gradient: Tensor) -> Blob:
     """A coalesced sparse gradient as bytes: indices, then values, padded to 8."""
     indices = np.ascontiguousarray(gradient.indices().cpu().numpy()).reshape(-1)
-    values = _view(gradient.values().cpu().contiguous()).reshape(-1)
+    values = viewed(gradient.values().cpu().contiguous()).reshape(-1)
     count = np.array([gradient.indices().shape[1]], np.int64)
     parts = [count.view(np.uint8), indices.view(np.uint8), values.view(np.uint8)]
     used = sum(part.size for part in parts)

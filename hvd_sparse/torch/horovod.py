@@ -1,0 +1,456 @@
+"""The door for PyTorch under an unmodified Horovod.
+
+    import horovod.torch as hvd, hvd_sparse.torch as sparse
+
+    compression = sparse.SparseCompressor(
+        sparse.TopK(density=0.001), named_parameters=model.named_parameters()
+    )
+    optimizer = hvd.DistributedOptimizer(
+        optimizer, named_parameters=model.named_parameters(), compression=compression
+    )
+
+Horovod calls `compress` with a gradient, reduces what it returns, and calls
+`decompress` with the result. So `compress` sends the gradient on its path and returns
+two numbers for Horovod to reduce, and `decompress` receives it. From what became of the
+two numbers it learns the op, which Horovod does not tell.
+"""
+
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hvd_sparse.carriers import Carrier, Embedded, Gathered, embed, extract
+from hvd_sparse.core.contracts import (
+    Average,
+    ExchangeError,
+    Op,
+    PayloadError,
+    Sparsifier,
+    Sum,
+)
+from hvd_sparse.core.path import Flight, GradientPath
+from hvd_sparse.core.payload import padded_bytes, split
+from hvd_sparse.core.routing import Dense, WhenCheaper
+from hvd_sparse.core.traffic import Traffic
+from hvd_sparse.torch import elastic
+from hvd_sparse.torch.names import ParameterNames, find_caller
+from hvd_sparse.torch.states import as_tensors, viewed
+from hvd_sparse.watchdog import Wait, Watchdog, blocked_in
+
+Array = npt.NDArray[Any]
+Tensor = torch.Tensor
+
+_REDUCIBLE = (torch.float16, torch.float32, torch.float64)  # by Horovod 0.28.1
+
+
+def _horovod() -> Any:
+    """horovod.torch, imported at first use."""
+    try:
+        import horovod.torch as hvd
+    except ImportError as error:
+        raise ImportError(
+            "SparseCompressor needs Horovod with PyTorch: launch/build-horovod builds "
+            "it; without Horovod use hvd_sparse.torch.DistributedOptimizer"
+        ) from error
+    return hvd
+
+
+class Context(NamedTuple):
+    """What decompress must know of a gradient that compress sent.
+
+    Attributes:
+        name: of its parameter.
+        gradient: what Horovod gave; the result is written into it.
+        flight: None where the gradient itself is reduced by Horovod.
+    """
+
+    name: str
+    gradient: Tensor
+    flight: Flight | None
+
+
+class SparseCompressor:
+    """Sends what is worth it of each gradient; for `compression=` of Horovod.
+
+    One compressor serves one optimizer. With a single process Horovod calls no
+    compressor, and training is dense.
+    """
+
+    def __init__(
+        self,
+        sparsifier: Sparsifier,
+        *,
+        named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+        op: int | None = None,
+        dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
+        exchange: Carrier = Gathered(),  # noqa: B008  # frozen as well
+        prefix: str = "hvd_sparse",
+        process_set: Any = None,
+        timeout_s: float = 600,
+    ) -> None:
+        """Decide what to send; no communication yet.
+
+        Args:
+            sparsifier: TopK, RandomK, Threshold or your own; the same on every rank.
+            named_parameters: model.named_parameters(). Without it the names are those
+                of the optimizer.
+            op: found out from Horovod unless given; then a mismatch is an error.
+            dense: which tensors go dense, by Horovod's own allreduce: WhenCheaper() or
+                Never().
+            exchange: Gathered(), or Embedded() where ranks may call hvd.join().
+            prefix: of the names of collectives. Optimizers that work at the same time
+                on parameters of equal names need different ones.
+            process_set: the one that is given to the optimizer, if any.
+            timeout_s: seconds in which nothing moves after which to give up and shut
+                Horovod down; a warning is logged at 60.
+
+        Raises:
+            TypeError: sparsifier can not select, or exchange is no carrier.
+            ValueError: an argument is out of range, a name comes twice, or exchange is
+                Embedded() and the sparsifier has no fixed density.
+        """
+        if not timeout_s > 0:
+            raise ValueError(f"timeout_s must be positive, got {timeout_s}")
+        if not isinstance(exchange, Gathered | Embedded):
+            raise TypeError(
+                f"exchange must be Gathered() or Embedded(), got {exchange!r}"
+            )
+        fixed = getattr(sparsifier, "density", None) is not None
+        if isinstance(exchange, Embedded) and not fixed:
+            raise ValueError(
+                "exchange=Embedded() needs a k that is the same on every rank, such as "
+                f"that of TopK or RandomK; {sparsifier!r} has none"
+            )
+        self.op = op
+        self._process_set = process_set
+        self._carrier: _EmbeddedExchange | _GatheredExchange = (
+            _EmbeddedExchange(self._group)
+            if isinstance(exchange, Embedded)
+            else _GatheredExchange(self._group, prefix, padded=not fixed)
+        )
+        self._path = GradientPath(sparsifier, self._carrier, op=op, dense=dense)
+        self._names = ParameterNames(named_parameters)
+        self._flights: dict[str, Flight] = {}
+        self._optimizer: weakref.ref[Any] | None = None
+        self._lock = threading.RLock()  # hooks run in several autograd threads
+        self._watchdog = Watchdog(
+            timeout_s,
+            rank=lambda: _horovod().rank(),
+            shutdown=lambda: _horovod().shutdown(),
+            waits_in=partial(blocked_in, "horovod/torch/mpi_ops.py", "synchronize"),
+        )
+        weakref.finalize(self, self._watchdog.stop)
+        _horovod()
+        elastic.register(SparseCompressor)
+
+    def __repr__(self) -> str:
+        """What was chosen."""
+        return f"SparseCompressor({self._path.configuration})"
+
+    # ------------------------------------------------------------- called by Horovod
+
+    def compress(self, tensor: Tensor) -> tuple[Tensor, Context]:
+        """Send a gradient on its path; returns what Horovod is to reduce.
+
+        Raises:
+            TypeError: the gradient is not floating.
+            ValueError: op is Adasum, the parameter is unknown, its gradient changed its
+                shape, or the optimizer is another than before.
+        """
+        if tensor.requires_grad:
+            raise ValueError(
+                "op=Adasum is not supported: it combines weights, not gradients; use "
+                "op=hvd.Average or hvd.Sum"
+            )
+        with self._lock:
+            caller = find_caller(depth=1)
+            if caller is not None:
+                self._check_optimizer(caller.optimizer)
+            name = self._names.find(tensor, caller)
+            return self._send(name, tensor)
+
+    def decompress(self, tensor: Tensor, ctx: Context | None) -> Tensor:
+        """Receive the gradient that was sent; `tensor` is what Horovod reduced.
+
+        Returns:
+            The gradient's own tensor, overwritten with the mean or sum over ranks.
+
+        Raises:
+            ExchangeError: a peer disagrees, or did not arrive before Horovod was shut
+                down. What was sent is back in the residual.
+        """
+        if ctx is None:  # a sparse gradient: Horovod gathers its rows itself
+            return tensor
+        with self._lock:
+            if ctx.flight is None:
+                self._receive_dense(tensor, ctx)
+            else:
+                self._receive(tensor, ctx, ctx.flight)
+            self._watchdog.received(ctx.name)
+            return ctx.gradient
+
+    # ---------------------------------------------------------------------- there
+
+    def _send(self, name: str, gradient: Tensor) -> tuple[Tensor, Context]:
+        known = self._path.admit(name, viewed(gradient))
+        step = known.header.step
+        if known.dense:
+            self._watchdog.sent(name, Wait(step, bool))
+            return self._send_dense(name, gradient), Context(name, gradient, None)
+        if known.in_flight:  # its result was never asked for: a step was given up
+            self._path.recall(self._flights[name])
+        flight = self._flights[name] = self._path.send(name, viewed(gradient))
+        wait = Wait(step, partial(self._carrier.arrived, flight.handle))
+        self._watchdog.sent(name, wait)
+        return self._carrier.to_reduce(flight.handle), Context(name, gradient, flight)
+
+    def _send_dense(self, name: str, gradient: Tensor) -> Tensor:
+        """The gradient as Horovod can reduce it, with what may still wait of it."""
+        waiting = self._path.memory.residuals.pop(name, None)
+        if waiting is not None:  # it went sparse while there were fewer ranks
+            gradient += torch.as_tensor(waiting).view_as(gradient).to(gradient.dtype)
+        if gradient.dtype not in _REDUCIBLE:
+            return gradient.float().contiguous()
+        return gradient.contiguous()
+
+    # ------------------------------------------------------------------- and back
+
+    def _receive(self, reduced: Tensor, ctx: Context, flight: Flight) -> None:
+        gradient = ctx.gradient
+        out = (
+            gradient
+            if gradient.is_contiguous()
+            else torch.empty_like(gradient, memory_format=torch.contiguous_format)
+        )
+        try:
+            self._path.op = self._found(self._carrier.reduced(flight.handle, reduced))
+            self._path.receive(flight, viewed(out))
+        except BaseException as error:
+            self._path.recall(flight)
+            self._watchdog.received(ctx.name)
+            if self._watchdog.gave_up:
+                raise ExchangeError(self._watchdog.gave_up) from error
+            raise
+        if out is not gradient:
+            gradient.copy_(out)
+        self._count(flight.tensor.header.step, reduced)
+
+    def _receive_dense(self, reduced: Tensor, ctx: Context) -> None:
+        if reduced is not ctx.gradient:
+            ctx.gradient.copy_(reduced)
+        known = self._path.tensors[ctx.name]
+        known.header = known.header._replace(step=known.header.step + 1)
+        traffic = self.traffic.tensor(ctx.name, known.route)
+        wire_bytes = reduced.numel() * reduced.element_size()
+        traffic.sent_bytes += wire_bytes
+        traffic.sent_elements += reduced.numel()
+        traffic.received_bytes += wire_bytes
+        traffic.dense_bytes += known.header.n * known.itemsize
+        self.traffic.steps = max(self.traffic.steps, known.header.step)
+
+    def _found(self, op: Op) -> Op:
+        if self.op is not None and op != self.op and self._carrier.size > 1:
+            raise ValueError(
+                f"op must be that of the optimizer, {op.name}, got {Op(self.op).name}"
+            )
+        return op
+
+    def _count(self, step: int, reduced: Tensor) -> None:
+        """The tensor's own bytes are counted on its path; here what comes beside it."""
+        beside = self._carrier.bytes_beside(reduced)
+        self.traffic.overhead_sent_bytes += beside
+        self.traffic.overhead_received_bytes += beside
+        self.traffic.steps = max(self.traffic.steps, step)
+
+    # ---------------------------------------------------------------------- facts
+
+    def _group(self) -> Any:
+        if self._process_set is None:
+            return _horovod().global_process_set
+        return self._process_set
+
+    def _check_optimizer(self, optimizer: Any) -> None:
+        """Once per optimizer: there must be one, with this process set."""
+        known = None if self._optimizer is None else self._optimizer()
+        if known is optimizer:
+            return
+        if known is not None:
+            raise ValueError(
+                "one SparseCompressor serves one optimizer, got a second: give each "
+                "its own, with another prefix"
+            )
+        theirs = getattr(optimizer, "process_set", None)
+        if theirs is not None and theirs is not self._group():
+            raise ValueError(
+                "process_set must be that of the optimizer, "
+                f"{theirs}, got {self._process_set}"
+            )
+        self._optimizer = weakref.ref(optimizer)
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes sent and received so far."""
+        return self._path.traffic
+
+    # ---------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank has not sent yet, as copies: save it beside the model.
+
+        Returns:
+            format, rank, size, configuration, step, and under "tensors", per name,
+            shape, dtype, step and residual (a tensor; None where it goes dense).
+        """
+        with self._lock:
+            return as_tensors(self._path.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue, bitwise, where state_dict was called; each rank its own.
+
+        Raises:
+            ValueError: the state is of another rank, size, configuration or model.
+        """
+        with self._lock:
+            self._forget_flights()
+            self._path.load_state_dict(state)
+
+    def adopt(self, state: dict[str, Any]) -> None:
+        """Continue from a state of this process in a group of another size.
+
+        What elastic training does after ranks came or went; steps must be the same on
+        every rank, residuals stay with their process.
+        """
+        with self._lock:
+            self._forget_flights()
+            self._path.adopt(state)
+
+    def _forget_flights(self) -> None:
+        self._flights.clear()
+        self._watchdog.forget()
+
+
+class _HorovodExchange:
+    """What both ways of carrying payloads through Horovod share."""
+
+    def __init__(self, group: Any) -> None:
+        """Args: group: returns the process set; sizes change in elastic training."""
+        self._group = group
+
+    @property
+    def rank(self) -> int:
+        return int(self._group().rank())
+
+    @property
+    def size(self) -> int:
+        return int(self._group().size())
+
+    def start_dense(self, name: str, gradient: Array) -> Any:
+        raise NotImplementedError("Horovod reduces dense tensors itself")
+
+    def finish_dense(self, handle: Any) -> tuple[Array, int]:
+        raise NotImplementedError("Horovod reduces dense tensors itself")
+
+
+class _GatheredExchange(_HorovodExchange):
+    """An allgather for each payload; Horovod reduces two numbers beside it."""
+
+    weight = 1
+    uneven = False
+
+    def __init__(self, group: Any, prefix: str, *, padded: bool) -> None:
+        super().__init__(group)
+        self._prefix = prefix
+        self._padded = padded
+
+    def start(self, name: str, payload: Array) -> int:
+        if self._padded:
+            padding = np.zeros(padded_bytes(payload.size) - payload.size, np.uint8)
+            payload = np.concatenate([payload, padding])
+        handle: int = _horovod().allgather_async(
+            torch.from_numpy(payload),
+            name=f"{self._prefix}.{name}",
+            process_set=self._group(),
+        )
+        return handle
+
+    def arrived(self, handle: int) -> bool:
+        try:
+            return bool(_horovod().poll(handle))
+        except ValueError:  # it was taken in this moment
+            return True
+
+    def finish(self, handle: int) -> Sequence[Array]:
+        gathered = _horovod().synchronize(handle)
+        if gathered is None:
+            raise ExchangeError("Horovod was shut down with payloads on their way")
+        payloads = split(gathered.numpy(), padded=self._padded)
+        if len(payloads) != self.size:
+            raise PayloadError(f"{len(payloads)} payloads, expected {self.size}")
+        return payloads
+
+    def to_reduce(self, handle: int) -> Tensor:
+        """1 from every rank and 1 from the first: what becomes of them tells the op."""
+        del handle
+        return torch.tensor([1.0, float(self.rank == 0)])
+
+    def reduced(self, handle: int, result: Tensor) -> Op:
+        del handle
+        return _op_of(*result.tolist(), size=self.size)
+
+    def bytes_beside(self, reduced: Tensor) -> int:
+        return reduced.numel() * reduced.element_size()
+
+
+class _EmbeddedExchange(_HorovodExchange):
+    """Payloads inside the tensor that Horovod reduces."""
+
+    weight = 4  # twice the bytes, and an allreduce moves each of them twice
+    uneven = True
+
+    def __init__(self, group: Any) -> None:
+        super().__init__(group)
+        self._sent: dict[str, Array] = {}
+        self._payloads: dict[str, list[Array]] = {}
+
+    def start(self, name: str, payload: Array) -> str:
+        self._sent[name] = payload
+        return name
+
+    def arrived(self, handle: str) -> bool:
+        return handle in self._payloads
+
+    def to_reduce(self, handle: str) -> Tensor:
+        return torch.from_numpy(embed(self._sent[handle], self.rank, self.size))
+
+    def reduced(self, handle: str, result: Tensor) -> Op:
+        try:
+            payloads, scale = extract(result.numpy(), self.size)
+        except PayloadError as error:
+            raise PayloadError(f"{handle}: {error}") from None
+        self._payloads[handle] = payloads
+        return Sum if abs(scale - 1) < 0.25 / self.size else Average
+
+    def finish(self, handle: str) -> Sequence[Array]:
+        return self._payloads.pop(handle)
+
+    def bytes_beside(self, reduced: Tensor) -> int:
+        slots = reduced.numel() * reduced.element_size()
+        return slots - (slots - 4) // self.size // 2
+
+
+def _op_of(total: float, first: float, *, size: int) -> Op:
+    """Which op made these numbers of 1 on every rank, and of 1 on the first alone."""
+    close = 0.25 / size
+    if abs(total - size) < close and abs(first - 1) < close:
+        return Sum
+    if abs(total - 1) < close and abs(first - 1 / size) < close:
+        return Average
+    raise ValueError(
+        f"op must be Average or Sum, but of {size} ones Horovod made {total:g}"
+    )

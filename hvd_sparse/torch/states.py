@@ -1,0 +1,28 @@
+"""Torch tensors as the core sees them, and residuals as torch tensors."""
+
+from typing import Any
+
+import ml_dtypes
+import torch
+
+Tensor = torch.Tensor
+
+
+def viewed(tensor: Tensor) -> Any:
+    """A CPU tensor as a numpy array over the same memory; others stay as they are."""
+    if tensor.device.type != "cpu":
+        return tensor.detach()
+    if tensor.dtype is torch.bfloat16:
+        return tensor.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.detach().numpy()
+
+
+def as_tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """The same state with residuals as torch tensors; None stays."""
+    tensors = {
+        name: saved
+        if saved["residual"] is None
+        else {**saved, "residual": torch.as_tensor(saved["residual"])}
+        for name, saved in state["tensors"].items()
+    }
+    return {**state, "tensors": tensors}

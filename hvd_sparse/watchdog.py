@@ -1,0 +1,146 @@
+"""Watches over waits that nobody can interrupt from inside them.
+
+Horovod blocks in native code until all ranks have sent a tensor, and its own stall
+check never fires under Gloo. So a thread counts how long nothing has moved: it warns,
+and in the end gives up in the place of the thread that waits.
+"""
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+log = logging.getLogger("hvd_sparse")
+
+WARNING_S = 60.0
+_LAST_S = 10.0  # for the blocked thread to leave Horovod once it was shut down
+
+
+class Wait(NamedTuple):
+    """A tensor that was sent and not received.
+
+    Attributes:
+        step: completed exchanges of the tensor.
+        arrived: whether the exchange is over and it is the caller who takes his time.
+    """
+
+    step: int
+    arrived: Callable[[], bool]
+
+
+class Watchdog:
+    """Counts the seconds in which tensors are on their way and nothing moves."""
+
+    def __init__(
+        self,
+        timeout_s: float,
+        rank: Callable[[], int],
+        shutdown: Callable[[], None],
+        waits_in: Callable[[], bool],
+    ) -> None:
+        """Watch from the first `sent` on.
+
+        Args:
+            timeout_s: seconds without movement after which to give up.
+            rank: of this process, for the messages.
+            shutdown: frees the threads that are blocked.
+            waits_in: whether a thread of this process is blocked.
+        """
+        self.gave_up = ""
+        self._timeout_s = timeout_s
+        self._rank = rank
+        self._shutdown = shutdown
+        self._waits_in = waits_in
+        self._waits: dict[str, Wait] = {}
+        self._moves = 0
+        self._thread: threading.Thread | None = None
+        self._stopped = threading.Event()
+
+    def sent(self, name: str, wait: Wait) -> None:
+        """A tensor is on its way."""
+        self._waits[name] = wait
+        self._moves += 1
+        if self._thread is None or not self._thread.is_alive():  # or after a fork
+            self._thread = threading.Thread(
+                target=self._watch, name="hvd_sparse watchdog", daemon=True
+            )
+            self._thread.start()
+
+    def received(self, name: str) -> None:
+        """It came back."""
+        self._waits.pop(name, None)
+        self._moves += 1
+
+    def forget(self) -> None:
+        """What is on its way will not come back."""
+        self._waits.clear()
+        self._moves += 1
+
+    def stop(self) -> None:
+        """Watch no more."""
+        self._stopped.set()
+
+    def _watch(self) -> None:
+        # time is counted in ticks, so that a process that was itself stopped for a
+        # while does not believe that it waited all that time
+        tick = min(1.0, self._timeout_s / 20)
+        waited, moves, warned = 0.0, self._moves, False
+        while not self._stopped.wait(tick):
+            if self._moves != moves or not self._waits:
+                waited, moves, warned = 0.0, self._moves, False
+                continue
+            waited += tick
+            if waited < min(WARNING_S, self._timeout_s) or self._all_arrived():
+                continue
+            if waited >= self._timeout_s:
+                self._give_up(waited)
+                return
+            if not warned:
+                warned = True
+                log.warning("%s", self._said("has waited", waited))
+
+    def _all_arrived(self) -> bool:
+        return all(wait.arrived() for wait in list(self._waits.values()))
+
+    def _said(self, what: str, waited: float) -> str:
+        waits = list(self._waits.items())
+        late = [(n, w) for n, w in waits if not w.arrived()] or waits
+        name, wait = late[0] if late else ("no tensor", Wait(0, bool))
+        more = f" (and {len(late) - 1} more tensors)" if len(late) > 1 else ""
+        return (
+            f"{name}{more}: step {wait.step}: rank {self._rank()} {what} "
+            f"{waited:.0f} s for its peers; which of them are missing can not be known "
+            "from inside Horovod"
+        )
+
+    def _give_up(self, waited: float) -> None:
+        """Free the blocked threads; end the process where that does not help."""
+        said = self._said("gave up after", waited)
+        self.gave_up = f"{said} (timeout_s={self._timeout_s:g})"
+        log.error("%s; shutting Horovod down", self.gave_up)
+        # in a thread of its own: it may block as well
+        threading.Thread(target=self._shutdown, daemon=True).start()
+        deadline = time.monotonic() + _LAST_S
+        while time.monotonic() < deadline:
+            if self._stopped.wait(0.1) or not self._waits_in():
+                return
+        log.error("rank %d is still blocked in Horovod; ending it", self._rank())
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def blocked_in(file: str, function: str) -> bool:
+    """Whether a thread of this process is in that function of that file."""
+    for frame in sys._current_frames().values():
+        inner = frame
+        while inner is not None:
+            code = inner.f_code
+            if code.co_name == function and code.co_filename.endswith(file):
+                return True
+            inner = inner.f_back  # type: ignore[assignment]  # None at the top
+    return False
