@@ -5,13 +5,13 @@ check never fires under Gloo. So a thread counts how long nothing has moved: it 
 and in the end gives up in the place of the thread that waits.
 """
 
+import atexit
 import logging
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 log = logging.getLogger("hvd_sparse")
 
@@ -19,27 +19,15 @@ WARNING_S = 60.0
 _LAST_S = 10.0  # for the blocked thread to leave Horovod once it was shut down
 
 
-class Wait(NamedTuple):
-    """A tensor that was sent and not received.
-
-    Attributes:
-        step: completed exchanges of the tensor.
-        arrived: whether the exchange is over and it is the caller who takes his time.
-    """
-
-    step: int
-    arrived: Callable[[], bool]
-
-
 class Watchdog:
-    """Counts the seconds in which tensors are on their way and nothing moves."""
+    """Counts the seconds in which a thread is blocked and nothing moves."""
 
     def __init__(
         self,
         timeout_s: float,
         rank: Callable[[], int],
         shutdown: Callable[[], None],
-        waits_in: Callable[[], bool],
+        blocked: Callable[[], bool],
     ) -> None:
         """Watch from the first `sent` on.
 
@@ -47,21 +35,22 @@ class Watchdog:
             timeout_s: seconds without movement after which to give up.
             rank: of this process, for the messages.
             shutdown: frees the threads that are blocked.
-            waits_in: whether a thread of this process is blocked.
+            blocked: whether a thread of this process waits for peers. Otherwise what
+                is on its way is not missed: the caller is busy with something else.
         """
         self.gave_up = ""
         self._timeout_s = timeout_s
         self._rank = rank
         self._shutdown = shutdown
-        self._waits_in = waits_in
-        self._waits: dict[str, Wait] = {}
+        self._blocked = blocked
+        self._waits: dict[str, int] = {}  # per tensor on its way, its step
         self._moves = 0
         self._thread: threading.Thread | None = None
         self._stopped = threading.Event()
 
-    def sent(self, name: str, wait: Wait) -> None:
+    def sent(self, name: str, step: int) -> None:
         """A tensor is on its way."""
-        self._waits[name] = wait
+        self._waits[name] = step
         self._moves += 1
         if self._thread is None or not self._thread.is_alive():  # or after a fork
             self._thread = threading.Thread(
@@ -89,29 +78,23 @@ class Watchdog:
         tick = min(1.0, self._timeout_s / 20)
         waited, moves, warned = 0.0, self._moves, False
         while not self._stopped.wait(tick):
-            if self._moves != moves or not self._waits:
+            if self._moves != moves or not self._waits or not self._blocked():
                 waited, moves, warned = 0.0, self._moves, False
                 continue
             waited += tick
-            if waited < min(WARNING_S, self._timeout_s) or self._all_arrived():
-                continue
             if waited >= self._timeout_s:
                 self._give_up(waited)
                 return
-            if not warned:
+            if waited >= WARNING_S and not warned:
                 warned = True
                 log.warning("%s", self._said("has waited", waited))
 
-    def _all_arrived(self) -> bool:
-        return all(wait.arrived() for wait in list(self._waits.values()))
-
     def _said(self, what: str, waited: float) -> str:
-        waits = list(self._waits.items())
-        late = [(n, w) for n, w in waits if not w.arrived()] or waits
-        name, wait = late[0] if late else ("no tensor", Wait(0, bool))
-        more = f" (and {len(late) - 1} more tensors)" if len(late) > 1 else ""
+        waits = list(self._waits.items()) or [("no tensor", 0)]
+        name, step = waits[0]
+        more = f" (and {len(waits) - 1} more tensors)" if len(waits) > 1 else ""
         return (
-            f"{name}{more}: step {wait.step}: rank {self._rank()} {what} "
+            f"{name}{more}: step {step}: rank {self._rank()} {what} "
             f"{waited:.0f} s for its peers; which of them are missing can not be known "
             "from inside Horovod"
         )
@@ -121,17 +104,30 @@ class Watchdog:
         said = self._said("gave up after", waited)
         self.gave_up = f"{said} (timeout_s={self._timeout_s:g})"
         log.error("%s; shutting Horovod down", self.gave_up)
-        # in a thread of its own: it may block as well
-        threading.Thread(target=self._shutdown, daemon=True).start()
+        # in a thread of its own, for it may block as well; then leaving would, too
+        stuck = threading.Thread(target=self._shutdown, daemon=True)
+        stuck.start()
         deadline = time.monotonic() + _LAST_S
+        atexit.register(_leave, stuck, deadline)
         while time.monotonic() < deadline:
-            if self._stopped.wait(0.1) or not self._waits_in():
+            if self._stopped.wait(0.1) or not self._blocked():
                 return
         log.error("rank %d is still blocked in Horovod; ending it", self._rank())
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        _end()
+
+
+def _leave(stuck: threading.Thread, deadline: float) -> None:
+    """At exit: Horovod's own farewell would wait for the missing peer for ever."""
+    stuck.join(max(0.0, deadline - time.monotonic()))
+    if stuck.is_alive():
+        _end()
+
+
+def _end() -> None:
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def blocked_in(file: str, function: str) -> bool:

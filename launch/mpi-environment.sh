@@ -33,22 +33,35 @@ mpi_cores() {
     env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc
 }
 
+# threads_of RANKS: threads that each of the ranks may use. Ranks that busy-wait share
+# the cores with them: no more threads than cores. A caller's own OMP_NUM_THREADS wins.
+threads_of() {
+    local share=$(($(mpi_cores) / $1))
+    echo "${OMP_NUM_THREADS:-$((share > 1 ? share : 1))}"
+}
+
+# slots_of HOST:SLOTS,...: how many ranks fit in all; 2 on this machine.
+slots_of() {
+    local host sum=0
+    [[ -n $1 ]] || { echo 2; return; }
+    for host in ${1//,/ }; do
+        [[ $host == *:* ]] && sum=$((sum + ${host##*:})) || sum=$((sum + 1))
+    done
+    echo "$sum"
+}
+
 # mpi_command RANKS: the start of a command line that runs RANKS ranks here.
 mpi_command() {
-    local ranks=$1 cores threads
-    cores=$(mpi_cores)
-    threads=$((cores / ranks > 1 ? cores / ranks : 1))
+    local ranks=$1
     MPI_COMMAND=(
         env
-        # Ranks that busy-wait share the cores with their threads: leave no more
-        # threads than cores. A caller's own OMP_NUM_THREADS wins.
-        "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}"
+        "OMP_NUM_THREADS=$(threads_of "$ranks")"
         "$MPIRUN"
         -np "$ranks"
         --oversubscribe # more ranks than cores are welcome
         --bind-to none  # containers often forbid binding; the kernel does well
     )
-    if ((ranks > cores)); then
+    if ((ranks > $(mpi_cores))); then
         # A waiting rank gives its core to one that has work.
         MPI_COMMAND+=(--mca mpi_yield_when_idle 1)
     fi

@@ -13,8 +13,13 @@ import pytest
 PROGRAMS = Path(__file__).parent / "programs"
 START_S = 25  # to start Python and load the kernels on a loaded machine
 
-mpirun = shutil.which("mpirun", path=str(Path(sys.executable).parent))
+BIN = str(Path(sys.executable).parent)
+mpirun = shutil.which("mpirun", path=BIN)
+horovodrun = shutil.which("horovodrun", path=BIN)
 needs_mpirun = pytest.mark.skipif(mpirun is None, reason="needs hvd_sparse[mpi]")
+needs_horovodrun = pytest.mark.skipif(
+    horovodrun is None, reason="needs Horovod: launch/build-horovod"
+)
 
 
 class Ended(NamedTuple):
@@ -28,8 +33,30 @@ class Ended(NamedTuple):
 
 def launch(program: str, *arguments: str, ranks: int, timeout_s: float) -> Ended:
     """Run a program of tests/programs under mpirun; a hang fails the test."""
+    command = [str(mpirun), "-np", str(ranks), "--oversubscribe", "--bind-to", "none"]
+    return run(
+        [*command, sys.executable, str(PROGRAMS / program), *arguments], timeout_s
+    )
+
+
+def launch_horovod(
+    program: str, *arguments: str, ranks: int, timeout_s: float, transport: str
+) -> Ended:
+    """The same under horovodrun, over gloo or mpi."""
+    command = [str(horovodrun), "-np", str(ranks), f"--{transport}"]
+    command += ["-H", f"localhost:{ranks}"]
+    if transport == "mpi":
+        command += ["--binding-args=--bind-to none --map-by slot --oversubscribe"]
+    return run(
+        [*command, sys.executable, str(PROGRAMS / program), *arguments], timeout_s
+    )
+
+
+def run(command: list[str], timeout_s: float) -> Ended:
+    """Run a job in a session of its own, of which nothing is left in the end."""
     environment = {
         **os.environ,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
@@ -38,8 +65,6 @@ def launch(program: str, *arguments: str, ranks: int, timeout_s: float) -> Ended
     }
     # set by an earlier import of hvd_sparse.mpi in this process; ranks are not alone
     environment.pop("OMPI_MCA_ess_singleton_isolated", None)
-    command = [str(mpirun), "-np", str(ranks), "--oversubscribe", "--bind-to", "none"]
-    command += [sys.executable, str(PROGRAMS / program), *arguments]
     started = time.monotonic()
     process = subprocess.Popen(
         command,
@@ -47,11 +72,12 @@ def launch(program: str, *arguments: str, ranks: int, timeout_s: float) -> Ended
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     try:
         output, errors = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        process.terminate()  # mpirun then ends its ranks
-        output, errors = process.communicate(timeout=20)
+        process.terminate()  # the launcher then ends its ranks
+        output, errors = process.communicate(timeout=60)
         pytest.fail(f"the job hangs after {timeout_s} s: {errors}")
     return Ended(process.returncode, output, errors, time.monotonic() - started)

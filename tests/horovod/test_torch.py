@@ -1,0 +1,702 @@
+"""SparseCompressor in a real hvd.DistributedOptimizer; 2 ranks or more."""
+
+import copy
+import logging
+import threading
+import time
+
+import horovod.torch as hvd
+import members
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import hvd_sparse.torch as sparse
+from hvd_sparse import (
+    Embedded,
+    ExchangeError,
+    Gathered,
+    Never,
+    RandomK,
+    Threshold,
+    TopK,
+    WhenCheaper,
+)
+from hvd_sparse.torch.horovod import SparseCompressor
+
+CARRIERS = [Gathered(), Embedded()]
+
+
+@pytest.fixture(autouse=True)
+def alike():
+    """The same model on every rank; data come from rank-seeded generators."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    yield
+    hvd.barrier()  # what a test gave up is over before its names are used again
+
+
+def gather(thing):
+    return hvd.allgather_object(thing)
+
+
+def perceptron(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 3)).to(dtype)
+
+
+def batch(step, dtype=torch.float32):
+    rng = np.random.default_rng([hvd.rank(), step])
+    return torch.from_numpy(rng.standard_normal((16, 6))).to(dtype)
+
+
+def loss_of(model, step, dtype=torch.float32):
+    return model(batch(step, dtype)).square().sum(1).mean()
+
+
+def sgd(model, lr=0.1):
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+
+
+def compressor(model, sparsifier=None, **options):
+    return SparseCompressor(
+        sparsifier or TopK(density=0.05),
+        named_parameters=model.named_parameters(),
+        **{"dense": Never(), "timeout_s": 60, **options},
+    )
+
+
+def wrap(model, compression, lr=0.1, **options):
+    return hvd.DistributedOptimizer(
+        sgd(model, lr),
+        named_parameters=model.named_parameters(),
+        compression=compression,
+        **options,
+    )
+
+
+def train(model, optimizer, steps, dtype=torch.float32):
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(model, step, dtype).backward()
+        optimizer.step()
+
+
+def weights(model):
+    return torch.cat([p.detach().reshape(-1).double() for p in model.parameters()])
+
+
+def bits(model) -> bytes:
+    tensors = [p.detach().reshape(-1).view(torch.uint8) for p in model.parameters()]
+    return torch.cat(tensors).numpy().tobytes()
+
+
+def replicas_agree(model) -> bool:
+    return len(set(gather(bits(model)))) == 1
+
+
+def all_went_sparse(compression) -> bool:
+    return {t.route for t in compression.traffic.tensors.values()} == {"sparse"}
+
+
+# ------------------------------------------------------------------ law 2: replicas
+
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sparsifier", [TopK(0.05), RandomK(0.1)], ids=repr)
+def test_replicas_agree_bitwise(sparsifier, dtype, carrier):
+    model = perceptron(dtype)
+    compression = compressor(model, sparsifier, exchange=carrier)
+    optimizer = wrap(model, compression)
+    train(model, optimizer, range(4), dtype)
+    assert replicas_agree(model)
+    assert all_went_sparse(compression)
+    assert compression.traffic.steps == 4
+
+
+def test_replicas_agree_where_ranks_choose_k():
+    model = perceptron()
+    compression = compressor(model, Threshold(0.05))
+    train(model, wrap(model, compression), range(6))
+    assert replicas_agree(model)
+    assert all_went_sparse(compression)
+
+
+class Heads(nn.Module):
+    """Uses heads in any order, or not at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(6, 40) for _ in range(4))
+
+    def forward(self, x, order):
+        for place, i in enumerate(order):
+            x = x + 0.01 * (place + 1) * self.heads[i](x)[:, :6].tanh()
+        return x
+
+
+def test_replicas_agree_after_200_steps_with_hooks_in_another_order_on_each_rank():
+    model = Heads()
+    compression = compressor(model, TopK(0.001))
+    optimizer = wrap(model, compression)
+    for step in range(200):
+        optimizer.zero_grad()
+        order = np.random.default_rng([hvd.rank(), step]).permutation(4)
+        model(batch(step), order).square().mean().backward()
+        optimizer.step()
+    assert replicas_agree(model)
+    assert compression.traffic.steps == 200
+
+
+# -------------------------------------------------- laws 1 and 6: nothing is lost
+
+
+@pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
+def test_nothing_is_lost(carrier):
+    model = nn.Linear(64, 1, bias=False)
+    compression = compressor(model, TopK(0.1), exchange=carrier)
+    optimizer = wrap(model, compression, lr=0.0, op=hvd.Sum)
+    given, handed_back = torch.zeros(64), torch.zeros(64)
+    for step in range(10):
+        optimizer.zero_grad()
+        rng = np.random.default_rng([hvd.rank(), step])
+        gradient = torch.from_numpy(rng.integers(-8, 8, 64).astype(np.float32))
+        (model.weight[0] * gradient).sum().backward()
+        optimizer.step()
+        given += gradient
+        handed_back += model.weight.grad[0]
+    residual = compression.state_dict()["tensors"]["weight"]["residual"].reshape(-1)
+    missing = hvd.allreduce(given - residual, op=hvd.Sum, name="missing")
+    torch.testing.assert_close(missing, handed_back, rtol=0, atol=0)  # small integers
+
+
+@pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nonfinite_on_one_rank_reaches_all_and_stays_out(value, carrier):
+    model = nn.Linear(16, 1, bias=False)
+    compression = compressor(model, TopK(0.25), exchange=carrier)
+    optimizer = wrap(model, compression, lr=0.0)
+    gradient = torch.arange(1.0, 17.0)
+    if hvd.rank() == hvd.size() - 1:
+        gradient[3] = value
+    (model.weight[0] * gradient).sum().backward()
+    optimizer.synchronize()
+    assert model.weight.grad.isnan().all()
+    residual = compression.state_dict()["tensors"]["weight"]["residual"].reshape(-1)
+    finite = torch.where(gradient.isfinite(), gradient, 0.0)
+    torch.testing.assert_close(residual, finite, rtol=0, atol=0)
+
+
+# ----------------------------------------------------- law 3: every option, density 1
+#
+# What each documented option of hvd.DistributedOptimizer does with a compressor:
+#
+#   named_parameters            names; without them those of the optimizer
+#   compression                 this
+#   op=Average, Sum             found out from Horovod; the same result as without
+#   op=Adasum                   refused by name
+#   gradient_predivide_factor   as Average, to rounding
+#   backward_passes_per_step    as without
+#   num_groups, groups          as without
+#   sparse_as_dense             as without: embedding gradients go the sparse path
+#   process_set                 given to the compressor too, or refused
+#   skip_synchronize            as without
+#   hvd.join()                  with exchange=Embedded(); Gathered() ends the job
+#   elastic                     tests/test_elastic.py
+
+
+def plain(model, optimizer, steps=20):
+    train(model, optimizer, range(steps))
+
+
+def accumulating(model, optimizer):
+    for step in range(20):
+        optimizer.zero_grad()
+        loss_of(model, 2 * step).backward()
+        loss_of(model, 2 * step + 1).backward()
+        optimizer.step()
+
+
+def clipping(model, optimizer):
+    for step in range(20):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.synchronize()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        with optimizer.skip_synchronize():
+            optimizer.step()
+
+
+def grouped(model):
+    return {"groups": [[model[0].weight, model[2].bias]]}
+
+
+OPTIONS = {
+    "defaults": ({}, plain),
+    "op=Average": ({"op": hvd.Average}, plain),
+    "op=Sum": ({"op": hvd.Sum}, plain),
+    "backward_passes_per_step": ({"backward_passes_per_step": 2}, accumulating),
+    "num_groups": ({"num_groups": 2}, plain),
+    "groups": ({"groups": 2}, plain),
+    "groups of parameters": (grouped, plain),
+    "skip_synchronize": ({}, clipping),
+    "gradient_predivide_factor": ({"gradient_predivide_factor": 3.0}, plain),
+    "process_set=global": ({"process_set": hvd.global_process_set}, plain),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Parameter `num_groups`:DeprecationWarning")
+@pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_density_one_is_stock_horovod_with_every_option(option, carrier):
+    options, how = OPTIONS[option]
+    ours, theirs = perceptron(), perceptron()
+    compression = compressor(ours, TopK(1.0), exchange=carrier)
+    for model, chosen in ((ours, compression), (theirs, hvd.Compression.none)):
+        given = options(model) if callable(options) else options
+        how(model, wrap(model, chosen, **given))
+    assert all_went_sparse(compression)
+    assert replicas_agree(ours)
+    if hvd.size() == 2 and option != "gradient_predivide_factor":
+        assert bits(ours) == bits(theirs)
+    else:  # Horovod's own sum is in no order of ranks, and scales before and after
+        torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
+def test_a_process_set_is_a_group_of_its_own(carrier):
+    mine = members.process_set
+    results = []
+    for compression in (hvd.Compression.none, None):
+        model = perceptron()
+        if compression is None:
+            compression = compressor(
+                model, TopK(1.0), exchange=carrier, process_set=mine
+            )
+        optimizer = wrap(model, compression, process_set=mine)
+        train(model, optimizer, range(5))
+        results.append(bits(model))
+    if mine.included():
+        assert results[0] == results[1]
+        assert compression.traffic.steps == 5
+
+
+def test_another_process_set_than_the_optimizers_is_refused():
+    model = perceptron()
+    compression = compressor(model, process_set=members.process_set)
+    optimizer = wrap(model, compression)
+    with pytest.raises(ValueError, match="process_set must be that of the optimizer"):
+        loss_of(model, 0).backward()
+    del optimizer
+
+
+def test_embedding_gradients_stay_sparse_and_untouched():
+    results = []
+    for sparsely in (False, True):
+        torch.manual_seed(0)
+        model = nn.Embedding(50, 4, sparse=True)
+        compression = compressor(model) if sparsely else hvd.Compression.none
+        optimizer = hvd.DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            named_parameters=model.named_parameters(),
+            compression=compression,
+        )
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.tensor([hvd.rank(), 7, 7])).sum().backward()
+            optimizer.step()
+        results.append(bits(model))
+    assert results[0] == results[1]
+    assert compression.traffic.tensors == {}
+
+
+def test_sparse_as_dense_takes_the_sparse_path():
+    results = []
+    for sparsely in (False, True):
+        torch.manual_seed(0)
+        model = nn.Embedding(50, 4, sparse=True)
+        compression = compressor(model, TopK(1.0)) if sparsely else hvd.Compression.none
+        optimizer = hvd.DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            named_parameters=model.named_parameters(),
+            compression=compression,
+            sparse_as_dense=True,
+        )
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.tensor([hvd.rank(), 7, 7])).sum().backward()
+            optimizer.step()
+        results.append(model.weight.detach().clone())
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+    assert all_went_sparse(compression)
+
+
+def test_parameters_unused_on_some_ranks_take_part():
+    model = Heads()
+    compression = compressor(model)
+    optimizer = wrap(model, compression)
+    for step in range(5):
+        optimizer.zero_grad()
+        order = [(hvd.rank() + step) % 3]  # head 3: never used
+        model(batch(step), order).square().mean().backward()
+        optimizer.step()
+        assert replicas_agree(model)
+    assert {t.header.step for t in compression._path.tensors.values()} == {5}
+
+
+def test_two_optimizers_in_one_process_need_two_prefixes():
+    models = [perceptron(), perceptron()]
+    optimizers = []
+    for i, model in enumerate(models):
+        named = [(f"net{i}.{n}", p) for n, p in model.named_parameters()]
+        compression = SparseCompressor(
+            TopK(0.05), named_parameters=named, dense=Never(), prefix=f"gan{i}"
+        )
+        optimizers.append(
+            hvd.DistributedOptimizer(
+                sgd(model), named_parameters=named, compression=compression
+            )
+        )
+    for step in range(4):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        sum(loss_of(model, step) for model in models).backward()  # both in flight
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(replicas_agree(model) for model in models)
+
+
+def test_one_compressor_for_two_optimizers_is_refused():
+    models = [perceptron(), perceptron()]
+    named = [
+        (f"{i}.{n}", p) for i, m in enumerate(models) for n, p in m.named_parameters()
+    ]
+    compression = SparseCompressor(TopK(0.05), named_parameters=named)
+    optimizers = [wrap(model, compression) for model in models]
+    train(models[0], optimizers[0], [0])
+    with pytest.raises(ValueError, match="one SparseCompressor serves one optimizer"):
+        loss_of(models[1], 0).backward()
+
+
+def test_adasum_is_refused_by_name():
+    model = perceptron()
+    optimizer = wrap(model, compressor(model), op=hvd.Adasum)
+    with pytest.raises(ValueError, match="op=Adasum is not supported"):
+        train(model, optimizer, [0])
+
+
+def test_another_op_than_the_optimizers_is_refused_at_the_first_step():
+    model = perceptron()
+    optimizer = wrap(model, compressor(model, op=hvd.Average), op=hvd.Sum)
+    with pytest.raises(ValueError, match="op must be that of the optimizer, Sum, got"):
+        train(model, optimizer, [0])
+
+
+@pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
+@pytest.mark.parametrize("op", [hvd.Min, hvd.Max], ids=["Min", "Max"])
+def test_ops_that_are_no_sum_are_refused(op, carrier):
+    model = perceptron()
+    optimizer = wrap(model, compressor(model, exchange=carrier), op=op)
+    with pytest.raises((ValueError, ExchangeError), match="op must be Average or Sum"):
+        train(model, optimizer, [0])
+
+
+def test_ranks_may_join_where_payloads_are_embedded():
+    results = []
+    for compression in (hvd.Compression.none, None):
+        model = perceptron()
+        if compression is None:
+            compression = compressor(model, TopK(1.0), exchange=Embedded())
+        optimizer = wrap(model, compression)
+        for _ in range(2):  # epochs; the first rank has fewer batches
+            train(model, optimizer, range(3 if hvd.rank() == 0 else 5))
+            hvd.join()
+            hvd.broadcast_parameters(model.state_dict(), root_rank=hvd.size() - 1)
+        results.append(weights(model))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sparsifier", [TopK(0.05), RandomK(0.1)], ids=repr)
+def test_replicas_agree_after_a_join(sparsifier):
+    model = perceptron()
+    compression = compressor(model, sparsifier, exchange=Embedded())
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),  # no momentum: it would differ
+        named_parameters=model.named_parameters(),
+        compression=compression,
+    )
+    for _ in range(2):
+        train(model, optimizer, range(3 if hvd.rank() == 0 else 5))
+        hvd.join()
+        hvd.broadcast_parameters(model.state_dict(), root_rank=hvd.size() - 1)
+        train(model, optimizer, range(2))
+        assert replicas_agree(model)
+    assert len(set(gather(compression.traffic.steps))) == 1
+
+
+# ---------------------------------------------------------- routes, dtypes, layouts
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dense_tensors_are_what_horovod_gives(dtype):
+    model = perceptron(dtype)
+    compression = compressor(model, TopK(1.0), dense=WhenCheaper())
+    optimizer = wrap(model, compression)
+    loss_of(model, 0, dtype).backward()
+    own = [p.grad.clone() for p in model.parameters()]
+    optimizer.synchronize()
+    assert {t.route for t in compression.traffic.tensors.values()} == {"dense"}
+    for i, (mine, parameter) in enumerate(zip(own, model.parameters(), strict=True)):
+        wide = mine.float() if dtype is torch.bfloat16 else mine
+        expected = hvd.allreduce(wide, op=hvd.Average, name=f"expected.{i}").to(dtype)
+        if hvd.size() == 2:
+            assert torch.equal(parameter.grad, expected)
+        else:  # tensors that are reduced together are added up in another order
+            total = hvd.allreduce(wide.abs(), op=hvd.Sum, name=f"total.{i}").to(dtype)
+            bound = (hvd.size() - 1) * torch.finfo(dtype).eps * total
+            assert ((parameter.grad - expected).abs() <= bound).all()
+        assert parameter.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("dense", [Never(), WhenCheaper()], ids=repr)
+def test_channels_last_gradients_keep_their_strides(dense):
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+    density = 0.05 if dense == Never() else 1.0
+    optimizer = wrap(model, compressor(model, TopK(density), dense=dense))
+    x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        layout = model.weight.grad.stride()
+        assert not model.weight.grad.is_contiguous()
+        optimizer.step()
+        assert model.weight.grad.stride() == layout
+    assert replicas_agree(model)
+
+
+def test_gradients_of_any_shape_are_handed_back():
+    parameters = {
+        name: nn.Parameter(torch.zeros(shape))
+        for name, shape in {"scalar": (), "one": (1,), "matrix": (3, 5)}.items()
+    }
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(parameters.values(), lr=1.0),
+        named_parameters=parameters.items(),
+        compression=SparseCompressor(
+            TopK(1.0), named_parameters=parameters.items(), dense=Never()
+        ),
+    )
+    sum((p * 3.0).sum() for p in parameters.values()).backward()
+    optimizer.step()
+    for parameter in parameters.values():
+        assert (parameter == -3.0).all()
+
+
+def test_hooks_may_run_in_several_threads():
+    model = Heads()
+    compression = compressor(model, TopK(0.05))
+    sent, failed = {}, []
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape)
+
+    def send(name, parameter):
+        try:
+            sent[name] = compression.compress(parameter.grad)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [
+        threading.Thread(target=send, args=item) for item in model.named_parameters()
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    for name, parameter in model.named_parameters():
+        dummy, ctx = sent[name]
+        assert ctx.name == name
+        reduced = hvd.allreduce(dummy, op=hvd.Sum, name=f"dummy.{name}")
+        assert compression.decompress(reduced, ctx) is parameter.grad
+    assert len(set(gather(float(model.heads[0].weight.grad.sum())))) == 1
+
+
+# --------------------------------------------------------------------------- state
+
+
+@pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
+@pytest.mark.parametrize("sparsifier", [TopK(0.05), RandomK(0.1)], ids=repr)
+def test_a_restart_continues_bitwise(sparsifier, carrier, tmp_path):
+    model = perceptron()
+    compression = compressor(model, sparsifier, exchange=carrier)
+    optimizer = wrap(model, compression)
+    train(model, optimizer, range(3))
+    path = sparse.checkpoint_path(tmp_path / "run", hvd.rank(), hvd.size())
+    torch.save(
+        [model.state_dict(), optimizer.state_dict(), compression.state_dict()], path
+    )
+    train(model, optimizer, range(3, 6))
+    expected = bits(model)
+
+    model = perceptron()
+    compression = compressor(model, sparsifier, exchange=carrier)
+    optimizer = wrap(model, compression)
+    saved = torch.load(path)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    compression.load_state_dict(saved[2])
+    train(model, optimizer, range(3, 6))
+    assert bits(model) == expected
+
+
+def test_a_state_of_another_rank_size_or_model_says_so_by_name():
+    model = perceptron()
+    compression = compressor(model)
+    train(model, wrap(model, compression), [0])
+    state = compression.state_dict()
+    for key in ("rank", "size"):
+        with pytest.raises(ValueError, match=f"state was saved with {key}"):
+            compression.load_state_dict({**state, key: state[key] + 1})
+    other = copy.deepcopy(state)
+    other["tensors"]["0.weight"]["shape"] = (7, 7)
+    with pytest.raises(ValueError, match=r"0\.weight: state has shape \(7, 7\)"):
+        compression.load_state_dict(other)
+
+
+def test_the_optimizers_own_state_is_what_it_was():
+    model, other = perceptron(), perceptron()
+    optimizer = wrap(model, compressor(model))
+    train(model, optimizer, range(2))
+    theirs = sgd(other)
+    theirs.load_state_dict(optimizer.state_dict())
+    assert theirs.state_dict().keys() == optimizer.state_dict().keys()
+
+
+def test_traffic_counts_what_moves():
+    model = nn.Linear(100, 10, bias=False)
+    compression = compressor(model, TopK(0.01))
+    optimizer = wrap(model, compression)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(1, 100)).sum().backward()
+        optimizer.step()
+    payload, dummy = 32 + 10 * 8, 2 * 4
+    traffic = compression.traffic
+    assert traffic.sent_bytes == 3 * (payload + dummy)
+    assert traffic.received_bytes == 3 * ((hvd.size() - 1) * payload + dummy)
+    assert traffic.dense_bytes == 3 * 4000
+    assert traffic.tensors["weight"].route == "sparse"
+
+
+def test_embedded_traffic_counts_what_moves():
+    model = nn.Linear(100, 10, bias=False)
+    compression = compressor(model, TopK(0.01), exchange=Embedded())
+    optimizer = wrap(model, compression)
+    model(torch.ones(1, 100)).sum().backward()
+    optimizer.step()
+    buffer = 4 * (1 + hvd.size() * (1 + (32 + 10 * 8) // 2))
+    assert compression.traffic.sent_bytes == buffer
+
+
+# ------------------------------------------------------------------------- bad use
+
+
+def test_names_may_come_from_the_optimizer():
+    model = perceptron()
+    compression = SparseCompressor(TopK(0.05), dense=Never())
+    optimizer = hvd.DistributedOptimizer(sgd(model), compression=compression)
+    train(model, optimizer, range(2))
+    assert "allreduce.noname.0.3" in compression.traffic.tensors
+    assert replicas_agree(model)
+
+
+def test_bad_arguments_are_refused_by_name():
+    model = perceptron()
+    named = list(model.named_parameters())
+    with pytest.raises(TypeError, match="sparsifier must have a select method"):
+        SparseCompressor(0.01)
+    with pytest.raises(ValueError, match=r"'0\.weight' comes twice"):
+        SparseCompressor(TopK(), named_parameters=[*named, named[0]])
+    with pytest.raises(ValueError, match="timeout_s must be positive, got -1"):
+        SparseCompressor(TopK(), timeout_s=-1)
+    with pytest.raises(ValueError, match="op must be Average or Sum, got 2"):
+        SparseCompressor(TopK(), op=hvd.Adasum)
+    with pytest.raises(TypeError, match=r"exchange must be Gathered\(\) or Embedded"):
+        SparseCompressor(TopK(), exchange="embedded")
+    with pytest.raises(ValueError, match=r"Threshold\(value=0.001\) has none"):
+        SparseCompressor(Threshold(1e-3), exchange=Embedded())
+    with pytest.raises(ValueError, match=r"shape \(2,\) belongs to no parameter"):
+        SparseCompressor(TopK(), named_parameters=named).compress(torch.ones(2))
+
+
+def test_integer_gradients_and_changed_shapes_are_refused_by_name():
+    parameter = nn.Parameter(torch.ones(4))
+    compression = SparseCompressor(TopK(1.0), named_parameters=[("p", parameter)])
+    parameter.grad = torch.ones(4)
+    dummy, ctx = compression.compress(parameter.grad)
+    reduced = hvd.allreduce(dummy, op=hvd.Sum, name="changed")
+    compression.decompress(reduced, ctx)
+    parameter.data = torch.ones(5)
+    parameter.grad = torch.ones(5)
+    with pytest.raises(ValueError, match=r"p: gradient has shape \(5,\)"):
+        compression.compress(parameter.grad)
+
+
+def test_a_rank_with_another_configuration_is_named():
+    model = perceptron()
+    seed = 1 if hvd.rank() == hvd.size() - 1 else 0
+    compression = compressor(model, RandomK(0.1, seed=seed))
+    optimizer = wrap(model, compression)
+    loss_of(model, 0).backward()
+    others = hvd.size() - 1 if hvd.rank() != hvd.size() - 1 else 0
+    with pytest.raises(ExchangeError, match=rf"rank {others}: digest"):
+        optimizer.step()
+    residual = compression.state_dict()["tensors"]["0.weight"]["residual"]
+    assert residual.abs().sum() > 0
+
+
+def test_a_step_that_was_given_up_loses_nothing():
+    parameter = nn.Parameter(torch.zeros(8))
+    compression = SparseCompressor(
+        TopK(0.5), named_parameters=[("p", parameter)], dense=Never()
+    )
+    for _ in range(2):  # the first is sent, and its result never asked for
+        parameter.grad = torch.arange(1.0, 9.0)
+        dummy, ctx = compression.compress(parameter.grad)
+        hvd.synchronize(ctx.flight.handle) if _ == 0 else None
+    residual = compression._path.memory.residuals["p"]
+    np.testing.assert_array_equal(residual, 2 * np.array([1, 2, 3, 4, 0, 0, 0, 0]))
+    reduced = hvd.allreduce(dummy, op=hvd.Sum, name="given up")
+    compression.decompress(reduced, ctx)
+    np.testing.assert_array_equal(
+        parameter.grad[4:], 2 * hvd.size() * np.arange(5.0, 9.0)
+    )
+
+
+def test_a_straggler_is_warned_about_and_awaited(monkeypatch, caplog):
+    monkeypatch.setattr("hvd_sparse.watchdog.WARNING_S", 0.5)
+    model = perceptron()
+    compression = compressor(model, timeout_s=20)
+    optimizer = wrap(model, compression)
+    with caplog.at_level(logging.WARNING, logger="hvd_sparse"):
+        if hvd.rank() == 0:
+            time.sleep(3)  # this is the fault, not a wait for something
+        train(model, optimizer, [0])
+    said = [r.getMessage() for r in caplog.records]
+    if hvd.rank() != 0:
+        assert any("step 0: rank" in line for line in said)
+    assert replicas_agree(model)
+
+
+def test_no_warning_on_a_path_that_works(caplog, recwarn):
+    model = perceptron()
+    with caplog.at_level(logging.WARNING):
+        train(model, wrap(model, compressor(model)), range(3))
+    assert not caplog.records
+    assert not recwarn.list
