@@ -41,7 +41,7 @@ from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.torch import elastic
 from hvd_sparse.torch.names import ParameterNames, find_caller
 from hvd_sparse.torch.states import as_tensors, viewed
-from hvd_sparse.watchdog import Wait, Watchdog, blocked_in
+from hvd_sparse.watchdog import Watchdog, blocked_in
 
 Array = npt.NDArray[Any]
 Tensor = torch.Tensor
@@ -138,12 +138,13 @@ class SparseCompressor:
         self._names = ParameterNames(named_parameters)
         self._flights: dict[str, Flight] = {}
         self._optimizer: weakref.ref[Any] | None = None
+        self._shutdown = elastic.Shutdown()
         self._lock = threading.RLock()  # hooks run in several autograd threads
         self._watchdog = Watchdog(
             timeout_s,
             rank=lambda: _horovod().rank(),
-            shutdown=lambda: _horovod().shutdown(),
-            waits_in=partial(blocked_in, "horovod/torch/mpi_ops.py", "synchronize"),
+            shutdown=self._shutdown,
+            blocked=partial(blocked_in, "horovod/torch/mpi_ops.py", "synchronize"),
         )
         weakref.finalize(self, self._watchdog.stop)
         _horovod()
@@ -161,7 +162,8 @@ class SparseCompressor:
         Raises:
             TypeError: the gradient is not floating.
             ValueError: op is Adasum, the parameter is unknown, its gradient changed its
-                shape, or the optimizer is another than before.
+                shape, the optimizer is another than before, or the state of elastic
+                training does not have this compressor.
         """
         if tensor.requires_grad:
             raise ValueError(
@@ -172,6 +174,8 @@ class SparseCompressor:
             caller = find_caller(depth=1)
             if caller is not None:
                 self._check_optimizer(caller.optimizer)
+            if not self._shutdown.recovers:
+                self._shutdown.recovers = elastic.covers(self)
             name = self._names.find(tensor, caller)
             return self._send(name, tensor)
 
@@ -201,13 +205,12 @@ class SparseCompressor:
         known = self._path.admit(name, viewed(gradient))
         step = known.header.step
         if known.dense:
-            self._watchdog.sent(name, Wait(step, bool))
+            self._watchdog.sent(name, step)
             return self._send_dense(name, gradient), Context(name, gradient, None)
         if known.in_flight:  # its result was never asked for: a step was given up
             self._path.recall(self._flights[name])
         flight = self._flights[name] = self._path.send(name, viewed(gradient))
-        wait = Wait(step, partial(self._carrier.arrived, flight.handle))
-        self._watchdog.sent(name, wait)
+        self._watchdog.sent(name, step)
         return self._carrier.to_reduce(flight.handle), Context(name, gradient, flight)
 
     def _send_dense(self, name: str, gradient: Tensor) -> Tensor:
@@ -239,7 +242,10 @@ class SparseCompressor:
             raise
         if out is not gradient:
             gradient.copy_(out)
-        self._count(flight.tensor.header.step, reduced)
+        sent, received = self._carrier.bytes_beside(reduced)
+        self.traffic.overhead_sent_bytes += sent
+        self.traffic.overhead_received_bytes += received
+        self.traffic.steps = max(self.traffic.steps, flight.tensor.header.step)
 
     def _receive_dense(self, reduced: Tensor, ctx: Context) -> None:
         if reduced is not ctx.gradient:
@@ -260,13 +266,6 @@ class SparseCompressor:
                 f"op must be that of the optimizer, {op.name}, got {Op(self.op).name}"
             )
         return op
-
-    def _count(self, step: int, reduced: Tensor) -> None:
-        """The tensor's own bytes are counted on its path; here what comes beside it."""
-        beside = self._carrier.bytes_beside(reduced)
-        self.traffic.overhead_sent_bytes += beside
-        self.traffic.overhead_received_bytes += beside
-        self.traffic.steps = max(self.traffic.steps, step)
 
     # ---------------------------------------------------------------------- facts
 
@@ -333,6 +332,8 @@ class SparseCompressor:
     def _forget_flights(self) -> None:
         self._flights.clear()
         self._watchdog.forget()
+        self._shutdown.wait()
+        self._watchdog.gave_up = ""
 
 
 class _HorovodExchange:
@@ -379,12 +380,6 @@ class _GatheredExchange(_HorovodExchange):
         )
         return handle
 
-    def arrived(self, handle: int) -> bool:
-        try:
-            return bool(_horovod().poll(handle))
-        except ValueError:  # it was taken in this moment
-            return True
-
     def finish(self, handle: int) -> Sequence[Array]:
         gathered = _horovod().synchronize(handle)
         if gathered is None:
@@ -397,14 +392,18 @@ class _GatheredExchange(_HorovodExchange):
     def to_reduce(self, handle: int) -> Tensor:
         """1 from every rank and 1 from the first: what becomes of them tells the op."""
         del handle
-        return torch.tensor([1.0, float(self.rank == 0)])
+        numbers = torch.zeros(elastic.elements_beside(self.size))
+        numbers[0], numbers[1] = 1.0, float(self.rank == 0)
+        return numbers
 
     def reduced(self, handle: int, result: Tensor) -> Op:
         del handle
-        return _op_of(*result.tolist(), size=self.size)
+        return _op_of(*result[:2].tolist(), size=self.size)
 
-    def bytes_beside(self, reduced: Tensor) -> int:
-        return reduced.numel() * reduced.element_size()
+    def bytes_beside(self, reduced: Tensor) -> tuple[int, int]:
+        """Bytes sent and received that the path does not count: not of a payload."""
+        beside = reduced.numel() * reduced.element_size()
+        return beside, beside
 
 
 class _EmbeddedExchange(_HorovodExchange):
@@ -422,9 +421,6 @@ class _EmbeddedExchange(_HorovodExchange):
         self._sent[name] = payload
         return name
 
-    def arrived(self, handle: str) -> bool:
-        return handle in self._payloads
-
     def to_reduce(self, handle: str) -> Tensor:
         return torch.from_numpy(embed(self._sent[handle], self.rank, self.size))
 
@@ -439,9 +435,11 @@ class _EmbeddedExchange(_HorovodExchange):
     def finish(self, handle: str) -> Sequence[Array]:
         return self._payloads.pop(handle)
 
-    def bytes_beside(self, reduced: Tensor) -> int:
-        slots = reduced.numel() * reduced.element_size()
-        return slots - (slots - 4) // self.size // 2
+    def bytes_beside(self, reduced: Tensor) -> tuple[int, int]:
+        """Bytes sent and received that the path does not count: not of a payload."""
+        whole = reduced.numel() * reduced.element_size()
+        payload = 2 * (reduced.numel() // self.size - 1)
+        return whole - payload, whole - (self.size - 1) * payload
 
 
 def _op_of(total: float, first: float, *, size: int) -> Op:
