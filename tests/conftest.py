@@ -19,8 +19,8 @@ settings.register_profile(
 )
 settings.load_profile("ci" if os.environ.get("CI") else "laws")
 
-# what tests start under mpirun; collecting doctests would import, and so run, it
-collect_ignore = ["programs"]
+# what only ranks can import; collecting doctests would import, and so run, it
+collect_ignore = ["members.py", "programs"]
 
 KERNELS_ARE_LOOKED_UP_IN = ("memory", "path", "sparsifiers")
 
