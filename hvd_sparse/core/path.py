@@ -131,7 +131,7 @@ class GradientPath:
         sparsifier: Sparsifier,
         exchange: Exchange,
         *,
-        op: int | None = Average,
+        op: int = Average,
         dense: Dense | None = None,
         memory: Memory | None = None,
     ) -> None:
@@ -140,7 +140,7 @@ class GradientPath:
         Args:
             sparsifier: what is worth sending: TopK, RandomK, Threshold or your own.
             exchange: who carries the bytes.
-            op: Average over the ranks, or Sum; None if the door finds out (`self.op`).
+            op: Average over the ranks, or Sum.
             dense: which tensors go dense; WhenCheaper() unless given.
             memory: what keeps the rest; ErrorFeedback() unless given.
 
@@ -155,12 +155,12 @@ class GradientPath:
             )
         if isinstance(dense, type) or not hasattr(dense or WhenCheaper(), "limit"):
             raise TypeError(f"dense must be WhenCheaper() or Never(), got {dense!r}")
-        if op not in (None, Op.Average, Op.Sum):
+        if op not in (Op.Average, Op.Sum):
             raise ValueError(f"op must be Average or Sum, got {op!r}")
         self.sparsifier = sparsifier
         self.exchange = exchange
-        self.op = Average if op is None else Op(op)
-        self._op = "the optimizer's" if op is None else self.op.name
+        self.op = Op(op)
+        self.op_name = self.op.name  # a door that finds out later says so here
         self.dense = dense if dense is not None else WhenCheaper()
         self.memory = memory if memory is not None else ErrorFeedback()
         self.traffic = Traffic()
@@ -395,7 +395,7 @@ class GradientPath:
         chosen = (
             repr(sparsifier) if is_dataclass(sparsifier) else type(sparsifier).__name__
         )
-        return f"{chosen}, op={self._op}, dense={self.dense!r}"
+        return f"{chosen}, op={self.op_name}, dense={self.dense!r}"
 
     # ------------------------------------------------------------------------ state
 

@@ -134,7 +134,10 @@ class SparseCompressor:
             if isinstance(exchange, Embedded)
             else _GatheredExchange(self._group, prefix, padded=not fixed)
         )
-        self._path = GradientPath(sparsifier, self._carrier, op=op, dense=dense)
+        expected = Average if op is None else op
+        self._path = GradientPath(sparsifier, self._carrier, op=expected, dense=dense)
+        if op is None:
+            self._path.op_name = "the optimizer's"
         self._names = ParameterNames(named_parameters)
         self._flights: dict[str, Flight] = {}
         self._optimizer: weakref.ref[Any] | None = None
