@@ -33,16 +33,23 @@ reduce = hvd_sparse.mpi.SparseAllreduce(
 )
 gradient = np.random.default_rng(comm.rank).standard_normal(n, np.float32)
 out = np.full(n, 7, np.float32)
-for _ in range(3):  # warm: everything is compiled, and all pages are there
-    reduce.allreduce("w", gradient, out=out)
-    np.negative(gradient, out=gradient)  # another gradient, in place
 traffic = reduce.traffic
-moved = traffic.sent_bytes + traffic.received_bytes
-before = resident("VmRSS")
-peak_begins_here()
-reduce.allreduce("w", gradient, out=out)
-grown = resident("VmHWM") - before
+
+
+def step():
+    """Bytes by which it raised the peak, and bytes that it moved."""
+    moved = traffic.sent_bytes + traffic.received_bytes
+    before = resident("VmRSS")
+    peak_begins_here()
+    reduce.allreduce("w", gradient, out=out)
+    grown = resident("VmHWM") - before
+    np.negative(gradient, out=gradient)  # another gradient, in place
+    return grown, traffic.sent_bytes + traffic.received_bytes - moved
+
+
+for _ in range(4):  # warm: everything is compiled, and all pages are there
+    step()
+grown, moved = sorted(step() for _ in range(5))[2]  # the system's own needs vary
 assert traffic.tensors["w"].route == "sparse"
-moved = traffic.sent_bytes + traffic.received_bytes - moved
 os.write(1, f"{grown} {moved}\n".encode())
 reduce.close()
