@@ -9,7 +9,10 @@ The map of the package:
 | `hvd_sparse.kernels` | the hot loops: numpy oracle, Numba, accelerator |
 | `hvd_sparse.mpi` | numpy arrays over plain MPI: SparseAllreduce |
 | `hvd_sparse.exchange` | what MPI carries, and when ranks disagree: `agreement` |
-| `hvd_sparse.torch` | PyTorch: DistributedOptimizer over plain MPI |
+| `hvd_sparse.carriers` | how payloads travel through Horovod |
+| `hvd_sparse.watchdog` | waits that nothing else can end |
+| `hvd_sparse.torch` | PyTorch: SparseCompressor for Horovod, DistributedOptimizer for MPI |
+| `hvd_sparse.tensorflow` | TensorFlow and Keras: the same two doors, and a tape |
 
 Importing this package imports no framework and no MPI.
 """
@@ -51,11 +54,11 @@ __all__ = [
     "checkpoint_path",
 ]
 
-_DOORS = ("mpi", "torch")
+_DOORS = ("mpi", "tensorflow", "torch")
 
 
 def __getattr__(name: str) -> Any:
-    """`hvd_sparse.mpi` and `hvd_sparse.torch` are imported when they are named."""
+    """Doors are imported when they are named: `hvd_sparse.mpi`."""
     if name in _DOORS:
         return import_module(f"hvd_sparse.{name}")
     raise AttributeError(f"module 'hvd_sparse' has no attribute {name!r}")

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hvd_sparse.core.contracts import Average, ExchangeError, Op, Sparsifier
+from hvd_sparse.broadcast import Broadcast
+from hvd_sparse.core.contracts import Average, Op, Sparsifier
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.mpi import Blob, SparseAllreduce
@@ -486,7 +487,7 @@ def broadcast_parameters(
     """
     pairs = params.items() if hasattr(params, "items") else params
     tensors = {name: t for name, t in pairs if isinstance(t, Tensor)}
-    with _Broadcast(root, comm, timeout_s) as broadcast, torch.no_grad():
+    with Broadcast(root, comm, timeout_s) as broadcast, torch.no_grad():
         described = [(n, tuple(t.shape), str(t.dtype)) for n, t in tensors.items()]
         data = broadcast(_save(tensors), repr(sorted(described)))
         for name, value in _load(data).items():
@@ -513,57 +514,12 @@ def broadcast_optimizer_state(
     Raises:
         ExchangeError: a peer has other parameters, or did not arrive in time.
     """
-    with _Broadcast(root, comm, timeout_s) as broadcast:
+    with Broadcast(root, comm, timeout_s) as broadcast:
         held = [[tuple(p.shape) for p in g["params"]] for g in optimizer.param_groups]
         described = f"{type(optimizer).__name__} {held}"
         optimizer.load_state_dict(
             _load(broadcast(_save(optimizer.state_dict()), described))
         )
-
-
-class _Broadcast:
-    """Bytes of one rank to all, once all have said that they expect the same."""
-
-    def __init__(self, root: int, comm: Any, timeout_s: float) -> None:
-        self._reduce = SparseAllreduce(_NoTensor(), comm=comm, timeout_s=timeout_s)
-        self._root = root
-        if not 0 <= root < self._reduce.size:
-            raise ValueError(f"root must be in [0, {self._reduce.size}), got {root}")
-
-    def __enter__(self) -> "_Broadcast":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._reduce.__exit__(*error)
-
-    def __call__(self, data: bytes, described: str) -> bytes:
-        text = f"root {self._root} and {described}".encode()
-        told = self._gather("description", text)
-        for rank, theirs in enumerate(told):
-            if theirs != told[self._root]:
-                raise ExchangeError(
-                    f"broadcast: rank {rank} has {theirs.decode()}, expected "
-                    f"{told[self._root].decode()}"
-                )
-        own = data if self._reduce.rank == self._root else b""
-        return self._gather("broadcast", own)[self._root]
-
-    def _gather(self, name: str, data: bytes) -> list[bytes]:
-        size = np.array([len(data)], np.int64).view(np.uint8)
-        body = np.frombuffer(data, np.uint8)
-        padding = np.zeros(-len(data) % 8, np.uint8)
-        blob = Blob(np.concatenate([size, body, padding]))
-        self._reduce.start({}, blobs={name: blob})
-        self._reduce.finish()
-        blobs = self._reduce.gathered[name]
-        return [b[8 : 8 + int(b[:8].view(np.int64)[0])].tobytes() for b in blobs]
-
-
-class _NoTensor:
-    """Stands where only bytes are gathered."""
-
-    def select(self, residual: Any, gradient: Any, k: int, step: int) -> Any:
-        raise NotImplementedError
 
 
 def _save(state: Any) -> bytes:

@@ -1,0 +1,37 @@
+"""Memory for results that TensorFlow takes over, used again when it is done with it.
+
+A fresh 100 MB array costs more in page faults than everything that is computed in it,
+and TensorFlow keeps an array that a Python function returns for as long as it wants.
+The number of references to it tells when that is over.
+"""
+
+import sys
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+_MOST = 3  # of one name: one in use, one still held, one more for a graph that overlaps
+_ALONE = 3  # references: the list, the loop's variable, getrefcount's argument
+
+
+class Buffers:
+    """Arrays by name."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._arrays: dict[str, list[Array]] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
+        """An array that nobody else looks at; its content is whatever it was."""
+        arrays = self._arrays.setdefault(name, [])
+        for array in arrays:
+            alike = array.shape == shape and array.dtype == dtype
+            if alike and sys.getrefcount(array) <= _ALONE:
+                return array
+        fresh = np.empty(shape, dtype)
+        arrays.append(fresh)
+        del arrays[:-_MOST]
+        return fresh

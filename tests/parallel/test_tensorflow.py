@@ -1,0 +1,358 @@
+"""The TensorFlow doors over real MPI, Keras 2 or 3; at any number of ranks."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from mpi4py import MPI
+
+import hvd_sparse.tensorflow as sparse
+from hvd_sparse import ExchangeError, Never, RandomK, Sum, Threshold, TopK, WhenCheaper
+
+COMM = MPI.COMM_WORLD
+RANK, SIZE = COMM.Get_rank(), COMM.Get_size()
+KERAS_3 = str(getattr(tf.keras, "__version__", "2")).startswith("3")
+
+several = pytest.mark.skipif(SIZE == 1, reason="needs mpirun -np 2 or more")
+keras_2 = pytest.mark.skipif(KERAS_3, reason="Keras 3 has no legacy optimizers")
+
+# TensorFlow's and Keras's own, at import or first use
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def perceptron():
+    tf.keras.utils.set_random_seed(0)
+    layers = [
+        tf.keras.layers.Input((6,)),
+        tf.keras.layers.Dense(32, activation="tanh"),
+        tf.keras.layers.Dense(3),
+    ]
+    return tf.keras.Sequential(layers)
+
+
+def data(n=80, rank=RANK):
+    rng = np.random.default_rng(rank)
+    x = rng.standard_normal((n, 6)).astype(np.float32)
+    return x, np.tanh(x[:, :3])
+
+
+def bits(model) -> bytes:
+    return b"".join(w.tobytes() for w in model.get_weights())
+
+
+def agree(value: bytes) -> bool:
+    return len(set(COMM.allgather(value))) == 1
+
+
+def optimizer_of(kind):
+    if kind.startswith("legacy"):
+        return getattr(tf.keras.optimizers.legacy, kind[6:])(0.05)
+    return getattr(tf.keras.optimizers, kind)(0.05)
+
+
+def distribute(optimizer, sparsifier=None, **options):
+    options = {"comm": COMM, "dense": Never(), "timeout_s": 20, **options}
+    return sparse.DistributedOptimizer(optimizer, sparsifier or TopK(0.05), **options)
+
+
+def tape_of(sparsifier=None, **options):
+    options = {"comm": COMM, "dense": Never(), "timeout_s": 20, **options}
+    tape = tf.GradientTape()
+    return sparse.DistributedGradientTape(tape, sparsifier or TopK(0.05), **options)
+
+
+def fit(model, x, y, epochs=1, batch_size=8):
+    return model.fit(
+        x, y, batch_size=batch_size, epochs=epochs, verbose=0, shuffle=False
+    )
+
+
+def stepper(model, tape, optimizer):
+    def step(x, y):
+        with tape:
+            loss = tf.reduce_mean((model(x) - y) ** 2)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply_gradients(
+            zip(gradients, model.trainable_variables, strict=True)
+        )
+        return loss
+
+    return step
+
+
+# ------------------------------------------------------------------------- replicas
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+@pytest.mark.parametrize(
+    "sparsifier", [TopK(0.05), RandomK(0.1), Threshold(0.01)], ids=repr
+)
+def test_replicas_agree_bitwise_with_fit(sparsifier, kind):
+    model = perceptron()
+    optimizer = distribute(optimizer_of(kind), sparsifier)
+    model.compile(optimizer, "mse")
+    fit(model, *data(), epochs=2)
+    fit(model, *data(20), batch_size=5)  # another batch shape: traced again
+    assert agree(bits(model))
+    assert optimizer.traffic.steps == 2 * 10 + 4
+    assert {t.route for t in optimizer.traffic.tensors.values()} == {"sparse"}
+    optimizer.close()
+
+
+@keras_2
+@pytest.mark.parametrize("kind", ["legacySGD", "legacyAdam"])
+def test_replicas_agree_bitwise_with_legacy_optimizers(kind):
+    model = perceptron()
+    optimizer = distribute(optimizer_of(kind))
+    model.compile(optimizer, "mse")
+    fit(model, *data())
+    assert agree(bits(model))
+    assert optimizer.traffic.steps == 10
+    optimizer.close()
+
+
+@pytest.mark.parametrize("how", ["eager", "graph"])
+def test_replicas_agree_bitwise_with_a_tape(how):
+    model, tape = perceptron(), tape_of()
+    step = stepper(model, tape, optimizer_of("SGD"))
+    step = tf.function(step) if how == "graph" else step
+    x, y = data()
+    for i in range(10):
+        step(x[8 * i : 8 * i + 8], y[8 * i : 8 * i + 8])
+    step(x[:5], y[:5])
+    assert agree(bits(model))
+    assert tape.traffic.steps == 11
+    tape.close()
+
+
+# ---------------------------------------------------------- density 1, nothing lost
+
+
+@pytest.mark.parametrize("op", [sparse.Average, Sum], ids=["Average", "Sum"])
+@pytest.mark.parametrize("dense", [Never(), WhenCheaper()], ids=repr)
+def test_density_one_is_the_rank_ordered_sum(op, dense):
+    model, tape = perceptron(), tape_of(TopK(1.0), op=op, dense=dense)
+    with tape:
+        loss = tf.reduce_mean((model(data()[0]) - data()[1]) ** 2)
+    ours = tape.gradient(loss, model.trainable_variables)
+    theirs = [0.0] * len(ours)
+    for rank in range(SIZE):
+        x, y = data(rank=rank)
+        with tf.GradientTape() as plain:
+            loss = tf.reduce_mean((model(x) - y) ** 2)
+        gradients = plain.gradient(loss, model.trainable_variables)
+        theirs = [t + g.numpy() for t, g in zip(theirs, gradients, strict=True)]
+    scale = np.float32(1 / SIZE if op == sparse.Average else 1)
+    for mine, total in zip(ours, theirs, strict=True):
+        if dense == Never():
+            np.testing.assert_array_equal(mine.numpy(), total * scale)
+        else:  # MPI adds up in an order of its own
+            np.testing.assert_allclose(mine.numpy(), total * scale, rtol=1e-5)
+    tape.close()
+
+
+def test_nothing_is_lost_when_a_graph_is_traced_again():
+    weights = tf.Variable(tf.zeros(64))
+    tape = tape_of(TopK(0.1), op=Sum)
+
+    @tf.function
+    def step(x):
+        with tape:
+            loss = tf.reduce_sum(weights * tf.reduce_sum(x, axis=0))
+        return tape.gradient(loss, [weights])[0]
+
+    given, handed_back = np.zeros(64), np.zeros(64)
+    for i in range(8):
+        rows = 1 + i % 3  # three traces
+        rng = np.random.default_rng([RANK, i])
+        x = rng.integers(-8, 8, (rows, 64)).astype(np.float32)
+        handed_back += step(x).numpy()
+        given += x.sum(axis=0)
+    residual = tape.state_dict()["tensors"]["gradient0"]["residual"].numpy()
+    missing = COMM.allreduce(given - residual)
+    np.testing.assert_array_equal(missing, handed_back)  # small integers
+    assert tape.traffic.steps == 8
+    tape.close()
+
+
+def test_the_bits_are_those_of_pytorch():
+    torch = pytest.importorskip("torch")
+    import hvd_sparse.torch
+
+    shapes = [(40, 7), (33,), ()]
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    optimizer = hvd_sparse.torch.DistributedOptimizer(
+        torch.optim.SGD(parameters, lr=0.0), TopK(0.1), comm=COMM, dense=Never()
+    )
+    variables = [tf.Variable(tf.zeros(shape)) for shape in shapes]
+    tape = tape_of(TopK(0.1))
+    for i in range(4):
+        rng = np.random.default_rng([RANK, i])
+        given = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+        for parameter, gradient in zip(parameters, given, strict=True):
+            parameter.grad = torch.from_numpy(gradient.copy().reshape(parameter.shape))
+        optimizer.step()
+        with tape:
+            loss = sum(
+                tf.reduce_sum(v * g) for v, g in zip(variables, given, strict=True)
+            )
+        ours = tape.gradient(loss, variables)
+        for parameter, gradient in zip(parameters, ours, strict=True):
+            assert parameter.grad.numpy().tobytes() == gradient.numpy().tobytes()
+    optimizer.close()
+    tape.close()
+
+
+def test_a_nan_on_one_rank_is_seen_by_all_and_forgotten():
+    weights = tf.Variable(tf.zeros(16))
+    tape = tape_of(TopK(0.25))
+    gradient = np.arange(1.0, 17.0, dtype=np.float32)
+    if RANK == SIZE - 1:
+        gradient[3] = np.nan
+    with tape:
+        loss = tf.reduce_sum(weights * gradient)
+    assert np.isnan(tape.gradient(loss, weights).numpy()).all()
+    with tape:
+        loss = tf.reduce_sum(weights * 1.0)
+    assert np.isfinite(tape.gradient(loss, weights).numpy()).all()
+    tape.close()
+
+
+# ------------------------------------------------------------------ kinds of gradients
+
+
+def test_embedding_gradients_stay_sparse_and_exact():
+    table = tf.Variable(tf.zeros((50, 4)))
+    tape = tape_of()
+    with tape:
+        rows = tf.gather(table, [RANK, 7, 7])
+        loss = tf.reduce_sum(rows)
+    gradient = tape.gradient(loss, table)
+    assert isinstance(gradient, tf.IndexedSlices)
+    expected = np.zeros((50, 4), np.float32)
+    for rank in range(SIZE):
+        expected[rank] += 1 / SIZE
+        expected[7] += 2 / SIZE
+    dense = tf.convert_to_tensor(gradient).numpy()
+    np.testing.assert_allclose(dense, expected, rtol=1e-6)
+    assert tape.traffic.tensors["gradient0"].route == "rows"
+    tape.close()
+
+
+def test_gradients_that_are_none_stay_none():
+    used, unused = tf.Variable(1.0), tf.Variable(1.0)
+    tape = tape_of(TopK(1.0))
+    with tape:
+        loss = 3 * used
+    gradients = tape.gradient(loss, {"used": used, "unused": unused})
+    assert gradients["unused"] is None
+    assert gradients["used"].numpy() == 3
+    tape.close()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_every_floating_dtype_comes_back_as_it_was(dtype):
+    weights = tf.Variable(tf.zeros((8, 5), dtype))
+    tape = tape_of(TopK(1.0))
+    with tape:
+        loss = tf.reduce_sum(weights * tf.cast(2.0, dtype))
+    gradient = tape.gradient(loss, weights)
+    assert gradient.dtype == weights.dtype
+    assert (tf.cast(gradient, tf.float32).numpy() == 2).all()
+    tape.close()
+
+
+def test_loss_scaling_skips_a_step_on_all_ranks_or_on_none():
+    policy = tf.keras.mixed_precision.LossScaleOptimizer
+    scaled = policy(tf.keras.optimizers.SGD(0.1), initial_scale=1024.0)
+    optimizer = distribute(scaled, TopK(1.0))
+    weights = tf.Variable(tf.ones(4))
+    if KERAS_3:
+        weights = tf.keras.Variable(np.ones(4, np.float32))
+        optimizer.build([weights])
+    values = []
+    for step in range(3):
+        # that of Keras 2 has unscaled what it applies, that of Keras 3 does so itself
+        gradient = np.full(4, 1024.0 if KERAS_3 else 1.0, np.float32)
+        if step == 1 and RANK == SIZE - 1:
+            gradient[0] = np.inf
+        optimizer.apply_gradients([(tf.constant(gradient), weights)])
+        values.append(float(np.asarray(weights.numpy())[1]))
+    assert values == pytest.approx([0.9, 0.9, values[2]])
+    assert values[2] < 0.9
+    assert agree(np.asarray(weights.numpy()).tobytes())
+    optimizer.close()
+
+
+# ----------------------------------------------------------------------------- state
+
+
+@pytest.mark.parametrize("sparsifier", [TopK(0.05), RandomK(0.1)], ids=repr)
+def test_a_restart_continues_bitwise(sparsifier):
+    x, y = data()
+    model = perceptron()
+    optimizer = distribute(optimizer_of("SGD"), sparsifier)
+    model.compile(optimizer, "mse")
+    fit(model, x[:40], y[:40])
+    weights, state = model.get_weights(), optimizer.residual_state_dict()
+    fit(model, x[40:], y[40:])
+    expected = bits(model)
+    optimizer.close()
+
+    model = perceptron()
+    optimizer = distribute(optimizer_of("SGD"), sparsifier)
+    model.compile(optimizer, "mse")
+    model.set_weights(weights)
+    optimizer.load_residual_state_dict(state)
+    fit(model, x[40:], y[40:])
+    assert bits(model) == expected
+    optimizer.close()
+
+
+def test_broadcasts_make_ranks_alike():
+    tf.keras.utils.set_random_seed(RANK)
+    model = tf.keras.Sequential([tf.keras.layers.Input((4,)), tf.keras.layers.Dense(4)])
+    sparse.broadcast_variables(model.variables, root=SIZE - 1, comm=COMM)
+    assert agree(bits(model))
+
+
+@several
+def test_broadcasting_different_models_is_an_error_on_every_rank():
+    variable = tf.Variable(tf.zeros(5 if RANK == SIZE - 1 else 4))
+    with pytest.raises(ExchangeError, match=rf"rank {SIZE - 1} has .*\(5,\)"):
+        sparse.broadcast_variables([variable], comm=COMM)
+
+
+# --------------------------------------------------------------------------- bad use
+
+
+def test_it_stays_an_optimizer_of_its_class():
+    plain = optimizer_of("SGD")
+    optimizer = distribute(plain)
+    assert optimizer is plain
+    assert isinstance(optimizer, tf.keras.optimizers.SGD)
+    assert type(optimizer).__name__ == "SGD"
+    again = tf.keras.optimizers.SGD.from_config(optimizer.get_config())
+    assert again.get_config() == optimizer.get_config()
+    optimizer.close()
+
+
+def test_bad_use_is_refused_by_name():
+    with pytest.raises(TypeError, match=r"tape must be a tf\.GradientTape, got int"):
+        sparse.DistributedGradientTape(1, TopK(), comm=COMM)
+    with pytest.raises(TypeError, match="optimizer must be a Keras optimizer, got int"):
+        sparse.DistributedOptimizer(1, TopK(), comm=COMM)
+    optimizer = distribute(optimizer_of("SGD"))
+    with pytest.raises(TypeError, match="distributed already"):
+        distribute(optimizer)
+    optimizer.close()
+
+
+@several
+def test_ranks_that_train_different_models_hear_of_it():
+    weights = tf.Variable(tf.zeros(5 if RANK == SIZE - 1 else 4))
+    tape = tape_of()
+    with tape:
+        loss = tf.reduce_sum(weights * 2.0)
+    with pytest.raises(Exception, match=r"gradient0: rank \d has shape"):
+        tape.gradient(loss, weights)
+    tape.close()
