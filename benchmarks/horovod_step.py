@@ -199,7 +199,7 @@ def count_misses(ranks):
     environment = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("OMPI_", "PMIX_"))
+        if not name.startswith(("HOROVOD_", "OMPI_", "PMIX_"))  # of this job
     }
     with tempfile.NamedTemporaryFile() as file:
         command = [launcher, "-np", str(ranks), "--gloo", sys.executable, __file__]

@@ -11,7 +11,7 @@ The map of the package:
 | `hvd_sparse.exchange` | what MPI carries, and when ranks disagree: `agreement` |
 | `hvd_sparse.carriers` | how payloads travel through Horovod |
 | `hvd_sparse.watchdog` | waits that nothing else can end |
-| `hvd_sparse.torch` | PyTorch: SparseCompressor for Horovod, DistributedOptimizer for MPI |
+| `hvd_sparse.torch` | PyTorch: SparseCompressor (Horovod), DistributedOptimizer |
 | `hvd_sparse.tensorflow` | TensorFlow and Keras: the same two doors, and a tape |
 
 Importing this package imports no framework and no MPI.
