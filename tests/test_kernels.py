@@ -78,6 +78,12 @@ def assert_as_reference(
     same_bits(values, expected[1])
     assert nonfinite == expected[2]
     same_bits(changed, expected_residual)
+    changed, spent = kernels.array(residual.copy()), kernels.array(gradient.copy())
+    again = select(changed, spent, *options, out=spent)
+    same_bits(again[0], expected[0])
+    same_bits(again[1], expected[1])
+    same_bits(changed, expected_residual)
+    same_bits(spent, np.zeros_like(gradient))
 
 
 # ------------------------------------------------------------- against the reference
@@ -149,6 +155,9 @@ def test_aggregate_is_the_references(
     reference.aggregate(expected, payloads, scale)
     kernels.module.aggregate(found, payloads, scale)
     same_bits(found, expected)
+    cleared = kernels.array(np.zeros_like(expected))
+    kernels.module.aggregate(cleared, payloads, scale, cleared=True)
+    same_bits(cleared, expected)
 
 
 def payloads_of(
@@ -174,6 +183,9 @@ def test_aggregate_is_the_references_beyond_one_chunk(
     reference.aggregate(expected, payloads, 1 / 3)
     kernels.module.aggregate(found, payloads, 1 / 3)
     same_bits(found, expected)
+    cleared = kernels.array(np.zeros_like(expected))
+    kernels.module.aggregate(cleared, payloads, 1 / 3, cleared=True)
+    same_bits(cleared, expected)
 
 
 def test_sums_that_overflow_are_handed_back_as_they_are(

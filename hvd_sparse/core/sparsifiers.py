@@ -62,11 +62,18 @@ class TopK:
     def __post_init__(self) -> None:
         _check_density(self.density)
 
-    def select(self, residual: Array, gradient: Array, k: int, step: int) -> Selection:
+    def select(
+        self,
+        residual: Array,
+        gradient: Array,
+        k: int,
+        step: int,
+        out: Array | None = None,
+    ) -> Selection:
         """Overwrites residual with residual + gradient, its k largest entries 0."""
         del step
         kernels = kernels_for(residual)
-        return Selection(*kernels.select_top(residual, gradient, k))
+        return Selection(*kernels.select_top(residual, gradient, k, out))
 
 
 @dataclass(frozen=True)
@@ -105,11 +112,18 @@ class RandomK:
         """(k,) int32 ascending, distinct: the draw of this step."""
         return host.random_indices(n, k, _digest(self.seed, step))
 
-    def select(self, residual: Array, gradient: Array, k: int, step: int) -> Selection:
+    def select(
+        self,
+        residual: Array,
+        gradient: Array,
+        k: int,
+        step: int,
+        out: Array | None = None,
+    ) -> Selection:
         """Overwrites residual with residual + gradient, the entries drawn 0."""
         indices = self.indices(residual.shape[0], k, step)
         kernels = kernels_for(residual)
-        return Selection(*kernels.select_at(residual, gradient, indices))
+        return Selection(*kernels.select_at(residual, gradient, indices, out))
 
 
 @dataclass(frozen=True)
@@ -136,8 +150,15 @@ class Threshold:
         if not 0 < self.value < math.inf:
             raise ValueError(f"value must be positive and finite, got {self.value}")
 
-    def select(self, residual: Array, gradient: Array, k: int, step: int) -> Selection:
+    def select(
+        self,
+        residual: Array,
+        gradient: Array,
+        k: int,
+        step: int,
+        out: Array | None = None,
+    ) -> Selection:
         """Overwrites residual with residual + gradient, the selected entries 0."""
         del step
         kernels = kernels_for(residual)
-        return Selection(*kernels.select_above(residual, gradient, self.value, k))
+        return Selection(*kernels.select_above(residual, gradient, self.value, k, out))
