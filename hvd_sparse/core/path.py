@@ -12,10 +12,11 @@ ranks must share (route, k, step, names) come from what all of them know; a peer
 disagrees becomes a `PayloadError` before its data is used.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
 from hashlib import blake2b
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,6 +39,8 @@ from hvd_sparse.core.payload import (
     Header,
     decode,
     encode,
+    locate,
+    payload_bytes,
     step_of,
 )
 from hvd_sparse.core.routing import Dense, WhenCheaper
@@ -108,14 +111,18 @@ class Tensor:
                 "values"
             )
 
+    def at_step(self, step: int) -> None:
+        """Count the exchanges of this tensor."""
+        layout, dtype, n, k, _, digest = self.header
+        self.header = Header(layout, dtype, n, k, step, digest)
+
     @property
     def route(self) -> str:
         """Dense or sparse, as a word."""
         return "dense" if self.dense else "sparse"
 
 
-@dataclass(frozen=True)
-class Flight:
+class Flight(NamedTuple):
     """One gradient between send and receive.
 
     Attributes:
@@ -232,6 +239,40 @@ class GradientPath:
         self.settle(flight)
         return out
 
+    def receive_together(
+        self, flights: Sequence[Flight], outs: Sequence[Array], gathered: Bytes
+    ) -> bool:
+        """Receive a group in one go, without a word about each: small tensors gain.
+
+        Args:
+            flights: what left in one message, in the order in which it did.
+            outs: as for `receive`.
+            gathered: the messages of all ranks, at an address that is a multiple of 8.
+
+        Returns:
+            False, and nothing was done, where only `receive` will do.
+
+        Raises:
+            PayloadError: a payload is damaged; the text has the tensor.
+        """
+        expected = [flight.tensor.header for flight in flights]
+        alike = {header.dtype for header in expected} in ({"float32"}, {"float64"})
+        if not alike or not all(map(_is_plain, flights, outs)):
+            return False
+        ranks = self.exchange.size
+        table = locate(gathered, expected, ranks)
+        if table is None:
+            return False
+        wrong = kernels_for(outs[0]).aggregate_group(outs, table, self._scale)
+        if wrong >= 0:
+            name, n = flights[wrong].tensor.name, expected[wrong].n
+            raise PayloadError(f"{name}: indices must ascend in [0, {n})")
+        for flight, header in zip(flights, expected, strict=True):
+            size = payload_bytes(header.layout, header.dtype, header.k)
+            self._count(flight.tensor, header.k, size, size * (ranks - 1))
+            self.settle(flight)
+        return True
+
     # receive in halves, for a group that arrives whole or not at all
 
     def hand_back(self, flight: Flight, out: Array) -> None:
@@ -245,9 +286,7 @@ class GradientPath:
         """What was sent has arrived and can not be recalled any more."""
         tensor = flight.tensor
         tensor.in_flight = False
-        tensor.header = tensor.header._replace(
-            step=max(tensor.latest, tensor.header.step) + 1
-        )
+        tensor.at_step(max(tensor.latest, tensor.header.step) + 1)
 
     def recall(self, flight: Flight) -> None:
         """Put back what was sent when its exchange failed: nothing is lost."""
@@ -305,13 +344,17 @@ class GradientPath:
             except PayloadError as error:
                 raise PayloadError(f"{tensor.name}: rank {rank}: {error}") from None
             payloads.append(payload)
-        traffic = self.traffic.tensor(tensor.name, tensor.route)
         own = received[self.exchange.rank].size
-        traffic.sent_bytes += own
-        traffic.sent_elements += payloads[self.exchange.rank].values.shape[0]
-        traffic.received_bytes += sum(buffer.size for buffer in received) - own
-        traffic.dense_bytes += tensor.header.n * tensor.itemsize
+        others = sum(buffer.size for buffer in received) - own
+        self._count(tensor, payloads[self.exchange.rank].values.shape[0], own, others)
         return payloads
+
+    def _count(self, tensor: Tensor, elements: int, sent: int, received: int) -> None:
+        traffic = self.traffic.tensor(tensor.name, tensor.route)
+        traffic.sent_bytes += sent
+        traffic.sent_elements += elements
+        traffic.received_bytes += received
+        traffic.dense_bytes += tensor.header.n * tensor.itemsize
 
     def _decode_one(self, flight: Flight, buffer: Bytes) -> Selection:
         """Its indices too, where they did not travel."""
@@ -345,11 +388,7 @@ class GradientPath:
         with np.errstate(over="ignore", invalid="ignore"):
             total *= total.dtype.type(self._scale)  # the exchange's own buffer
             _copy_to(out, total)
-        traffic = self.traffic.tensor(tensor.name, tensor.route)
-        traffic.sent_bytes += wire_bytes
-        traffic.sent_elements += tensor.header.n
-        traffic.received_bytes += wire_bytes
-        traffic.dense_bytes += tensor.header.n * tensor.itemsize
+        self._count(tensor, tensor.header.n, wire_bytes, wire_bytes)
 
     @property
     def _scale(self) -> float:
@@ -536,6 +575,13 @@ def _copy_to(out: Array, source: Any) -> None:
         on_host = isinstance(source, np.ndarray)
         source = out.new_tensor(source) if on_host else source
         out.reshape(-1).copy_(source.reshape(-1))
+
+
+def _is_plain(flight: Flight, out: Array) -> bool:
+    """Of the most common kind: on the host, in place, and with a k that ranks share."""
+    tensor = flight.tensor
+    fixed = tensor.header.layout == INDEXED and not tensor.varies
+    return flight.cleared and fixed and isinstance(out, np.ndarray)
 
 
 def _flat(gradient: Array) -> Array:

@@ -18,6 +18,7 @@ every thread count and every processor.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -462,7 +463,7 @@ def _aggregate(
     for rank in range(ranks):
         indices = carray(pointer_to(table[rank, 0], like), (table[rank, 2],))
         cursors[rank] = _lower_bound(indices, first)
-    touched = np.zeros(_BLOCKS, np.bool_)
+    touched = np.zeros(_BLOCKS // 64, np.uint64)
     for low in range(first, stop, _CHUNK):
         high = min(low + _CHUNK, stop)
         before = taken
@@ -477,7 +478,8 @@ def _aggregate(
             while cursor < count and last < indices[cursor] < high:
                 last = indices[cursor]
                 out[last - offset] += values[cursor]
-                touched[(last - low) // LANES] = True
+                block = (last - low) // LANES
+                touched[block // 64] |= np.uint64(1) << np.uint64(block % 64)
                 cursor += 1
             taken += cursor - cursors[rank]
             cursors[rank] = cursor
@@ -489,9 +491,10 @@ def _aggregate(
 @_jit
 def _scale_blocks(out: Any, touched: Any, scale: Any) -> None:
     """Scales the blocks of 16 that were touched, and forgets that they were."""
-    for block in range(touched.size):
-        if touched[block]:
-            touched[block] = False
+    for word in range(touched.size):
+        while touched[word]:
+            block = 64 * word + lowest_bit(touched[word])
+            touched[word] &= touched[word] - np.uint64(1)
             for i in range(block * LANES, min((block + 1) * LANES, out.size)):
                 out[i] *= scale
 
@@ -532,6 +535,36 @@ def aggregate(
         raise ValueError(
             f"indices must ascend in [0, {out.size}), {given - taken} of {given} do not"
         )
+
+
+@_jit
+def _aggregate_group(
+    outs: Any, table: Any, like: Any, out_like: Any, scale: Any
+) -> int:
+    for each in range(outs.shape[0]):
+        n = outs[each, 1]
+        out = carray(pointer_to(outs[each, 0], out_like), (n,))
+        given = table[each, :, 2].sum()
+        if _aggregate(out, 0, 0, n, table[each], like, scale, True) != given:
+            return each
+    return -1
+
+
+def aggregate_group(outs: Sequence[Array], table: Array, scale: float) -> int:
+    """As aggregate, for many small arrays in one call; each is all 0 already.
+
+    Args:
+        outs: m arrays, contiguous, all float32 or all float64.
+        table: (m, ranks, 3) int64: addresses of indices and of values, and how many.
+        scale: as for aggregate.
+
+    Returns:
+        The place in outs of an array whose indices do not ascend in [0, n), or -1.
+    """
+    places = np.array([[_address(out), out.size] for out in outs], np.int64)
+    like = outs[0].reshape(-1)
+    factor = like.dtype.type(scale)
+    return int(_aggregate_group(places, table, _INDICES, like, factor))
 
 
 def _sum_wide(out: Array, table: Array, scale: float, cleared: bool) -> int:

@@ -98,6 +98,11 @@ def covers(compressor: Any) -> bool:
     return covered
 
 
+def is_elastic() -> bool:
+    """Whether this process was started by an elastic horovodrun."""
+    return os.environ.get("HOROVOD_ELASTIC") == "1"
+
+
 class Shutdown:
     """Frees the threads that wait inside Horovod.
 
@@ -137,7 +142,7 @@ def elements_beside(size: int) -> int:
     than it expected. Both come in 2 segments a rank, so none may be the shorter one: a
     negotiation takes 17 words of 64 bits at most.
     """
-    if os.environ.get("HOROVOD_ELASTIC") != "1":
+    if not is_elastic():
         return 2
     segments = 2 * size
     words = -(-17 // segments)

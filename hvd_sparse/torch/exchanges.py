@@ -24,6 +24,7 @@ Array = npt.NDArray[Any]
 Tensor = torch.Tensor
 
 BATCH_BYTES = 32 << 20  # of gradients
+_AT_ONCE = 64  # pairs of numbers are made in one go, which is cheaper
 
 
 @cache
@@ -56,18 +57,30 @@ class _HorovodExchange:
     """What both ways of carrying payloads through Horovod share."""
 
     def __init__(self, group: Any) -> None:
-        """Args: group: returns the process set; sizes change in elastic training."""
+        """Args: group: returns the process set."""
         self._group = group
+        self._place: tuple[int, int] | None = None
 
     @property
     def rank(self) -> int:
         """This process in the process set."""
-        return int(self._group().rank())
+        return self._find_place()[0]
 
     @property
     def size(self) -> int:
-        """Processes in the process set."""
-        return int(self._group().size())
+        """Processes in the process set; another one after elastic training's reset."""
+        return self._find_place()[1]
+
+    def _find_place(self) -> tuple[int, int]:
+        """Asked once until `forget`: Horovod's answer takes a microsecond each time."""
+        if self._place is None:
+            group = self._group()
+            self._place = int(group.rank()), int(group.size())
+        return self._place
+
+    def forget(self) -> None:
+        """Nothing is on its way, and the process set may be another."""
+        self._place = None
 
     def start_dense(self, name: str, gradient: Array) -> Any:
         """Not called: SparseCompressor gives Horovod such gradients themselves."""
@@ -106,6 +119,27 @@ class Batch:
         return np.concatenate(parts)
 
 
+class Arrival:
+    """What all ranks sent in one batch."""
+
+    def __init__(self, names: list[str], buffer: Array) -> None:
+        """Of these tensors, in this order; the payloads of a rank side by side."""
+        self.names = names
+        self.buffer = buffer
+        self._payloads: list[Array] = []
+
+    def payloads(self, name: str, ranks: int, *, padded: bool) -> Sequence[Array]:
+        """Those of one tensor, rank 0 first."""
+        each = len(self.names)
+        if not self._payloads:
+            self._payloads = split(self.buffer, each=each, padded=padded)
+        if len(self._payloads) != ranks * each:
+            raise PayloadError(
+                f"{len(self._payloads)} payloads, expected {each} of each rank"
+            )
+        return self._payloads[self.names.index(name) :: each]
+
+
 class GatheredExchange(_HorovodExchange):
     """Allgathers of payloads; Horovod reduces two numbers beside each."""
 
@@ -118,7 +152,8 @@ class GatheredExchange(_HorovodExchange):
         self._prefix = prefix
         self._padded = padded
         self._batches: dict[str, Batch] = {}  # by member
-        self._arrived: dict[str, list[Array]] = {}
+        self._arrived: dict[str, Arrival] = {}
+        self._numbers: list[Tensor] = []
         self._padding = 0
 
     def plan(self, sizes: dict[str, int]) -> None:
@@ -144,7 +179,9 @@ class GatheredExchange(_HorovodExchange):
                 members = []
 
     def forget(self) -> None:
-        """Nothing is on its way, nothing is planned."""
+        """Nothing is planned either."""
+        super().forget()
+        self._numbers.clear()
         self._batches.clear()
         self._arrived.clear()
 
@@ -180,45 +217,52 @@ class GatheredExchange(_HorovodExchange):
         gathered = horovod().synchronize(handle)
         if gathered is None:
             raise ExchangeError("Horovod was shut down with payloads on their way")
-        payloads = split(gathered.numpy(), each=len(names), padded=self._padded)
-        if len(payloads) != self.size * len(names):
-            raise PayloadError(
-                f"{len(payloads)} payloads, expected {len(names)} of each rank"
-            )
-        for number, name in enumerate(names):
-            self._arrived[name] = payloads[number :: len(names)]
+        arrival = Arrival(names, gathered.numpy())
+        self._arrived.update(dict.fromkeys(names, arrival))
 
-    def finish(self, handle: str) -> Sequence[Array]:
-        """All that will be sent in this step has been: incomplete batches leave too."""
+    def arrive(self, handle: str) -> Arrival:
+        """Wait for the batch that this payload is in.
+
+        All that will be sent in this step has been: incomplete batches leave now.
+        """
         if handle not in self._arrived:
             for batch in dict.fromkeys(self._batches.values()):
                 if batch.payloads and batch.handle is None:
                     self._gather(batch)
             self._await(self._batches[handle])
-        return self._arrived.pop(handle)
+        return self._arrived[handle]
+
+    def drop(self, arrival: Arrival) -> None:
+        """Its payloads need not be kept."""
+        for name in arrival.names:
+            del self._arrived[name]
+
+    def finish(self, handle: str) -> Sequence[Array]:
+        """The payloads of all ranks."""
+        payloads = self.arrive(handle).payloads(handle, self.size, padded=self._padded)
+        del self._arrived[handle]
+        return payloads
 
     def to_reduce(self, handle: str) -> Tensor:
         """1 from every rank and 1 from the first: what becomes of them tells the op."""
         del handle
-        return _numbers(self.rank, self.size).clone()
+        if not self._numbers:
+            numbers = torch.zeros(_AT_ONCE, elastic.elements_beside(self.size))
+            numbers[:, 0], numbers[:, 1] = 1.0, float(self.rank == 0)
+            self._numbers = list(numbers.unbind())
+        return self._numbers.pop()
 
     def reduced(self, handle: str, result: Tensor) -> Op:
         """The op that made this of the numbers."""
         del handle
-        return _op_of(*result[:2].tolist(), size=self.size)
+        total, first, *_ = result.tolist()
+        return _op_of(total, first, size=self.size)
 
     def bytes_beside(self, reduced: Tensor) -> tuple[int, int]:
         """Bytes sent and received that the path does not count: not of a payload."""
         beside = reduced.numel() * reduced.element_size()
         padding, self._padding = self._padding, 0
         return beside + padding, beside + padding * (self.size - 1)
-
-
-@cache
-def _numbers(rank: int, size: int) -> Tensor:
-    numbers = torch.zeros(elastic.elements_beside(size))
-    numbers[0], numbers[1] = 1.0, float(rank == 0)
-    return numbers
 
 
 def _natural(name: str) -> list[tuple[str, int]]:
@@ -243,7 +287,8 @@ class EmbeddedExchange(_HorovodExchange):
         """Every payload travels alone."""
 
     def forget(self) -> None:
-        """Nothing is on its way."""
+        """Nor has it arrived."""
+        super().forget()
         self._sent.clear()
         self._payloads.clear()
 

@@ -19,7 +19,6 @@ place the result will take, is all zeros.
 import threading
 import weakref
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -52,13 +51,26 @@ class Context(NamedTuple):
         name: of its parameter.
         gradient: what Horovod gave; the result is written into it.
         flight: None where the gradient itself is reduced by Horovod.
+        array: the gradient as the path sees it.
         version: of the gradient; another one means that somebody wrote into it.
     """
 
     name: str
     gradient: Tensor
     flight: Flight | None
+    array: Any
     version: int
+
+    @property
+    def sent(self) -> Flight:
+        """The flight of a gradient that is not reduced by Horovod."""
+        assert self.flight is not None
+        return self.flight
+
+    @property
+    def untouched(self) -> bool:
+        """Nobody wrote into the gradient since it was sent."""
+        return self.gradient._version == self.version
 
 
 class SparseCompressor:
@@ -125,9 +137,10 @@ class SparseCompressor:
         if op is None:
             self._path.op_name = "the optimizer's"
         self._names = ParameterNames(named_parameters)
-        self._flights: dict[str, Flight] = {}
+        self._under_way: dict[str, Context] = {}
         self._planned = False
         self._optimizer: weakref.ref[Any] | None = None
+        self._elastic = elastic.is_elastic()
         self._shutdown = elastic.Shutdown()
         self._lock = threading.RLock()  # hooks run in several autograd threads
         self._watchdog = Watchdog(
@@ -164,7 +177,7 @@ class SparseCompressor:
             caller = find_caller(depth=1)
             if caller is not None:
                 self._check_optimizer(caller.optimizer)
-            if not self._shutdown.recovers:
+            if self._elastic and not self._shutdown.recovers:
                 self._shutdown.recovers = elastic.covers(self)
             name = self._names.find(tensor, caller)
             if caller is not None and not self._planned:
@@ -211,13 +224,15 @@ class SparseCompressor:
         step = known.header.step
         if known.dense:
             self._watchdog.sent(name, step)
-            return self._send_dense(name, gradient), Context(name, gradient, None, 0)
+            return self._send_dense(name, gradient), Context(
+                name, gradient, None, array, 0
+            )
         if known.in_flight:  # its result was never asked for: a step was given up
-            self._path.recall(self._flights[name])
+            self._path.recall(self._under_way[name].sent)
         flight = self._path.send(name, array, in_place=True)
-        self._flights[name] = flight
+        context = Context(name, gradient, flight, array, gradient._version)
+        self._under_way[name] = context
         self._watchdog.sent(name, step)
-        context = Context(name, gradient, flight, gradient._version)
         return self._carrier.to_reduce(flight.handle), context
 
     def _send_dense(self, name: str, gradient: Tensor) -> Tensor:
@@ -232,35 +247,50 @@ class SparseCompressor:
     # ------------------------------------------------------------------- and back
 
     def _receive(self, reduced: Tensor, ctx: Context, flight: Flight) -> None:
-        gradient = ctx.gradient
-        out = (
-            gradient
-            if gradient.is_contiguous()
-            else torch.empty_like(gradient, memory_format=torch.contiguous_format)
-        )
-        if gradient._version != ctx.version:
-            flight = replace(flight, cleared=False)
         try:
             self._path.op = self._found(self._carrier.reduced(flight.handle, reduced))
-            self._path.receive(flight, viewed(out))
+            if flight.tensor.in_flight and not self._receive_batch(flight):
+                self._receive_alone(ctx, flight)
         except BaseException as error:
             self._path.recall(flight)
             self._watchdog.received(ctx.name)
             if self._watchdog.gave_up:
                 raise ExchangeError(self._watchdog.gave_up) from error
             raise
-        if out is not gradient:
-            gradient.copy_(out)
         sent, received = self._carrier.bytes_beside(reduced)
         self.traffic.overhead_sent_bytes += sent
         self.traffic.overhead_received_bytes += received
         self.traffic.steps = max(self.traffic.steps, flight.tensor.header.step)
 
+    def _receive_batch(self, flight: Flight) -> bool:
+        """With all that it arrived with, where that can be."""
+        if not isinstance(self._carrier, GatheredExchange):
+            return False
+        arrival = self._carrier.arrive(flight.handle)
+        contexts = [self._under_way[name] for name in arrival.names]
+        done = all(c.untouched for c in contexts) and self._path.receive_together(
+            [c.sent for c in contexts], [c.array for c in contexts], arrival.buffer
+        )
+        if done:
+            self._carrier.drop(arrival)
+        return done
+
+    def _receive_alone(self, ctx: Context, flight: Flight) -> None:
+        gradient = ctx.gradient
+        if not ctx.untouched:
+            flight = flight._replace(cleared=False)
+        if gradient.is_contiguous():
+            self._path.receive(flight, ctx.array)
+        else:
+            out = gradient.contiguous()
+            self._path.receive(flight, viewed(out))
+            gradient.copy_(out)
+
     def _receive_dense(self, reduced: Tensor, ctx: Context) -> None:
         if reduced is not ctx.gradient:
             ctx.gradient.copy_(reduced)
         known = self._path.tensors[ctx.name]
-        known.header = known.header._replace(step=known.header.step + 1)
+        known.at_step(known.header.step + 1)
         traffic = self.traffic.tensor(ctx.name, known.route)
         wire_bytes = reduced.numel() * reduced.element_size()
         traffic.sent_bytes += wire_bytes
@@ -339,7 +369,7 @@ class SparseCompressor:
             self._path.adopt(state)
 
     def _forget_flights(self) -> None:
-        self._flights.clear()
+        self._under_way.clear()
         self._carrier.forget()
         self._planned = False  # routes depend on the number of ranks
         self._watchdog.forget()

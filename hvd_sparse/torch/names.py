@@ -7,7 +7,7 @@ identity tells; where Horovod made a new tensor of it, the caller's frame does.
 
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,16 +45,19 @@ class ParameterNames:
         """
         if not self._names and caller is not None:
             self._names = self.of(caller.optimizer)
-        parameter = self._by_identity(gradient)
+        parameter = None if caller is None else caller.parameter
+        if parameter is None or parameter.grad is not gradient:
+            parameter = self._by_identity(gradient)
         if parameter is None and caller is not None:
             parameter = caller.parameter
-        if parameter is None or parameter not in self._names:
+        name = None if parameter is None else self._names.get(parameter)
+        if name is None:
             raise ValueError(
                 f"a gradient of shape {tuple(gradient.shape)} belongs to no parameter "
                 "that SparseCompressor knows: give it "
                 "named_parameters=model.named_parameters()"
             )
-        return self._names[parameter]
+        return name
 
     def of(self, optimizer: Any) -> dict[Tensor, str]:
         """Per parameter, its name; those of the optimizer unless others were given."""
@@ -66,17 +69,21 @@ class ParameterNames:
         if expected is None or expected.grad is not gradient:
             expected = next((p for p in self._names if p.grad is gradient), None)
         if expected is not None:
-            self._last = self._after[self._last] = expected
+            self._after[self._last] = expected
+            self._last = expected
         return expected
 
 
-class Caller:
-    """The Horovod optimizer that calls compress, and for which parameter."""
+class Caller(NamedTuple):
+    """The Horovod optimizer that calls compress, and for which parameter.
 
-    def __init__(self, optimizer: Any, parameter: Tensor | None) -> None:
-        """Args: optimizer: has _parameter_names. parameter: None if not known."""
-        self.optimizer = optimizer
-        self.parameter = parameter
+    Attributes:
+        optimizer: has _parameter_names.
+        parameter: None if not known.
+    """
+
+    optimizer: Any
+    parameter: Tensor | None
 
 
 def find_caller(depth: int) -> Caller | None:

@@ -10,11 +10,13 @@ Tensor = torch.Tensor
 
 def viewed(tensor: Tensor) -> Any:
     """A CPU tensor as a numpy array over the same memory; others stay as they are."""
-    if tensor.device.type != "cpu":
-        return tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if not tensor.is_cpu:
+        return tensor
     if tensor.dtype is torch.bfloat16:
-        return tensor.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.detach().numpy()
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
 
 
 def as_tensors(state: dict[str, Any]) -> dict[str, Any]:
