@@ -1,5 +1,7 @@
 """The TensorFlow doors over real MPI, Keras 2 or 3; at any number of ranks."""
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -14,6 +16,7 @@ KERAS_3 = str(getattr(tf.keras, "__version__", "2")).startswith("3")
 
 several = pytest.mark.skipif(SIZE == 1, reason="needs mpirun -np 2 or more")
 keras_2 = pytest.mark.skipif(KERAS_3, reason="Keras 3 has no legacy optimizers")
+keras_3 = pytest.mark.skipif(not KERAS_3, reason="needs Keras 3: launch/test --keras3")
 
 # TensorFlow's and Keras's own, at import or first use
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -122,6 +125,51 @@ def test_replicas_agree_bitwise_with_a_tape(how):
     assert agree(bits(model))
     assert tape.traffic.steps == 11
     tape.close()
+
+
+class Counting(MPI.Intracomm):
+    """Notes every collective of gradients that starts."""
+
+    started: ClassVar[list[str]] = []
+
+    def Iallgather(self, *args, **options):  # noqa: N802  # MPI's name
+        self.started.append("Iallgather")
+        return super().Iallgather(*args, **options)
+
+    def Iallgatherv(self, *args, **options):  # noqa: N802  # MPI's name
+        self.started.append("Iallgatherv")
+        return super().Iallgatherv(*args, **options)
+
+    def Iallreduce(self, *args, **options):  # noqa: N802  # MPI's name
+        self.started.append("Iallreduce")
+        return super().Iallreduce(*args, **options)
+
+
+class EveryWeight(tf.keras.callbacks.Callback):
+    """All weights after each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen.append([w.copy() for w in self.model.get_weights()])
+
+
+def test_a_graph_runs_one_exchange_a_step_and_freezes_nothing():
+    steps, weights = 24, EveryWeight()
+    model = perceptron()  # 4 variables
+    optimizer = distribute(optimizer_of("SGD"), comm=Counting(COMM))
+    model.compile(optimizer, "mse")
+    x, y = data(8 * steps)
+    Counting.started.clear()
+    model.fit(x, y, batch_size=8, verbose=0, shuffle=False, callbacks=[weights])
+    # what ranks must agree on, then all payloads of the four
+    assert Counting.started == ["Iallgather", "Iallgatherv"] * steps
+    assert optimizer.traffic.steps == len(weights.seen) == steps
+    for before, after in zip(weights.seen, weights.seen[1:], strict=False):
+        assert all((b != a).any() for b, a in zip(before, after, strict=True))
+    optimizer.close()
 
 
 # ---------------------------------------------------------- density 1, nothing lost
@@ -334,6 +382,15 @@ def test_it_stays_an_optimizer_of_its_class():
     again = tf.keras.optimizers.SGD.from_config(optimizer.get_config())
     assert again.get_config() == optimizer.get_config()
     optimizer.close()
+
+
+@keras_3
+def test_keras_3_is_refused_under_horovod_with_what_to_use_instead():
+    instead = (
+        r"plain MPI \(hvd_sparse\.tensorflow\.DistributedOptimizer\), or .*tf_keras"
+    )
+    with pytest.raises(RuntimeError, match=instead):
+        sparse.SparseCompressor(TopK())
 
 
 def test_bad_use_is_refused_by_name():
