@@ -265,6 +265,29 @@ def test_a_nan_on_one_rank_is_seen_by_all_and_forgotten():
     tape.close()
 
 
+@pytest.mark.parametrize("how", ["eager", "graph"])
+def test_results_that_are_kept_never_change(how):
+    """TensorFlow takes them over without a copy, and they are used again after it."""
+    weights, tape = tf.Variable(tf.zeros(4096)), tape_of(TopK(1.0))
+
+    def step(gradient):
+        with tape:
+            same = tf.identity(weights)
+        return tape.gradient(same, weights, output_gradients=gradient)
+
+    step = tf.function(step) if how == "graph" else step
+    for _ in range(4):  # memory of results that nobody keeps any more
+        step(tf.zeros(4096))
+    kept = [step(tf.fill([4096], float(i))) for i in range(8)]
+    scaled = [2 * result for result in kept]
+    for _ in range(4):
+        step(tf.fill([4096], -1.0))
+    for i, (result, twice) in enumerate(zip(kept, scaled, strict=True)):
+        assert (result.numpy() == i).all()
+        assert (twice.numpy() == 2 * i).all()
+    tape.close()
+
+
 # ------------------------------------------------------------------ kinds of gradients
 
 
