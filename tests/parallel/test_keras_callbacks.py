@@ -159,6 +159,41 @@ def test_a_restart_from_checkpoints_continues_bitwise(tmp_path, epochs_in_the_na
     optimizer.close()
 
 
+class FailsIn(tf.keras.callbacks.Callback):
+    """As if the job were killed."""
+
+    def __init__(self, epoch):
+        super().__init__()
+        self.epoch = epoch
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == self.epoch:
+            raise RuntimeError("killed")
+
+
+def test_a_run_that_was_killed_continues_bitwise_with_backup_and_restore(tmp_path):
+    model, optimizer = compiled()
+    fit(model, [], epochs=4)
+    expected = bits(model)
+    optimizer.close()
+
+    def start(*more):
+        model, optimizer = compiled()
+        backup = tf.keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
+        residuals = sparse.ResidualCheckpoint(optimizer, tmp_path / "{epoch}")
+        try:
+            fit(model, [*more, residuals, backup], epochs=4)
+        finally:
+            optimizer.close()
+        return model, optimizer
+
+    with pytest.raises(RuntimeError, match="killed"):
+        start(FailsIn(2))
+    model, optimizer = start()
+    assert bits(model) == expected
+    assert optimizer.traffic.steps == 4 * N // BATCH
+
+
 def test_a_fit_that_starts_at_epoch_0_restores_nothing(tmp_path):
     results = []
     for _ in range(2):

@@ -427,6 +427,15 @@ def test_bad_use_is_refused_by_name():
     optimizer.close()
 
 
+def test_xla_says_that_it_can_not_compile_it():
+    model = perceptron()
+    optimizer = distribute(optimizer_of("SGD"))
+    model.compile(optimizer, "mse", jit_compile=True)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="PyFunc"):
+        fit(model, *data(8))
+    optimizer.close()
+
+
 @several
 def test_ranks_that_train_different_models_hear_of_it():
     weights = tf.Variable(tf.zeros(5 if RANK == SIZE - 1 else 4))
