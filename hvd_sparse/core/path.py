@@ -43,7 +43,7 @@ from hvd_sparse.core.payload import (
     payload_bytes,
     step_of,
 )
-from hvd_sparse.core.routing import Dense, WhenCheaper
+from hvd_sparse.core.routing import Dense, Never, WhenCheaper
 from hvd_sparse.core.sparsifiers import RandomK, Threshold, TopK, elements
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.kernels import kernels_for
@@ -178,6 +178,7 @@ class GradientPath:
         self.memory = memory if memory is not None else ErrorFeedback()
         self.traffic = Traffic()
         self.tensors: dict[str, Tensor] = {}
+        self.always_sparse: set[str] = set()  # names of tensors, whatever `dense` says
         self._loaded: dict[str, dict[str, Any]] = {}
 
     # ------------------------------------------------------------------- the path
@@ -452,7 +453,8 @@ class GradientPath:
         shared = getattr(sparsifier, "shared_indices", False)
         layout = VALUES_ONLY if shared else INDEXED
         size = self.exchange.size * self.exchange.weight
-        limit = self.dense.limit(n, dtype, ITEMSIZES[dtype], layout, size)
+        dense = Never() if name in self.always_sparse else self.dense
+        limit = dense.limit(n, dtype, ITEMSIZES[dtype], layout, size)
         density = getattr(sparsifier, "density", None)
         if density is None:
             return sparsifier, layout, limit, limit < min(1, n)

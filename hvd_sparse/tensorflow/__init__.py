@@ -20,6 +20,7 @@ from hvd_sparse import (
     WhenCheaper,
     checkpoint_path,
 )
+from hvd_sparse.tensorflow.callbacks import ResidualCheckpoint, TrafficLogger
 from hvd_sparse.tensorflow.horovod import SparseCompressor
 from hvd_sparse.tensorflow.mpi import (
     DistributedGradientTape,
@@ -35,10 +36,12 @@ __all__ = [
     "Never",
     "PayloadError",
     "RandomK",
+    "ResidualCheckpoint",
     "SparseCompressor",
     "Sum",
     "Threshold",
     "TopK",
+    "TrafficLogger",
     "WhenCheaper",
     "broadcast_variables",
     "checkpoint_path",

@@ -130,6 +130,7 @@ class SparseCompressor:
         self._prefix = prefix
         self._flights: dict[str, Flight] = {}
         self._outs = Buffers()
+        self._dense_bytes: dict[str, int] = {}  # a step, of what goes dense
         self._counts: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._owner: weakref.ref[Any] | None = None
         self._lock = threading.RLock()  # TensorFlow calls from several threads
@@ -165,12 +166,17 @@ class SparseCompressor:
             ValueError: op, or the process set, is not that of the optimizer.
         """
         self._check_call()
-        if tensor.dtype not in _FLOATING or not tensor.shape.is_fully_defined():
+        if tensor.dtype not in _FLOATING:
             return tensor, None
         name = self._name(tensor)
-        if self._admit(name, tensor).dense:
+        if not tensor.shape.is_fully_defined():
+            # as sparse_as_dense makes them: the running graph knows, when it is too
+            # late to choose Horovod's own allreduce
+            self._path.always_sparse.add(name)
+        elif self._admit(name, tensor).dense:
+            self._dense_bytes[name] = tensor.shape.num_elements() * tensor.dtype.size
             return tensor, None
-        payload = _python(partial(self._send, name), [tensor], tf.uint8, (None,))
+        payload = _python(partial(self._send, name), [tensor], tf.uint8, [None])
         gathered = _horovod().allgather(
             payload,
             name=f"HorovodAllgather.{self._prefix}.{name}",
@@ -191,12 +197,8 @@ class SparseCompressor:
         if ctx is None:
             return tensor
         gradient = ctx.gradient
-        return _python(
-            partial(self._receive, ctx.name),
-            [ctx.gathered],
-            gradient.dtype,
-            tuple(gradient.shape),
-        )
+        receive = partial(self._receive, ctx.name)
+        return _python(receive, [ctx.gathered], gradient.dtype, gradient.shape)
 
     # ------------------------------------------------------------ run at every step
 
@@ -225,9 +227,19 @@ class SparseCompressor:
                 raise
             finally:
                 self._watchdog.received(name)
-            traffic = self.traffic
-            traffic.steps = max(traffic.steps, flight.tensor.header.step)
+            self._count(flight.tensor.header.step)
             return out
+
+    def _count(self, step: int) -> None:
+        """What Horovod reduces without us is sent as often as the first of ours."""
+        if step <= self.traffic.steps:
+            return
+        self.traffic.steps = step
+        for name, count in self._dense_bytes.items():
+            tensor = self.traffic.tensor(name, "dense")
+            tensor.sent_bytes += count
+            tensor.received_bytes += count
+            tensor.dense_bytes += count
 
     # ---------------------------------------------------------------------- facts
 
@@ -307,7 +319,11 @@ class SparseCompressor:
 
     @property
     def traffic(self) -> Traffic:
-        """Bytes sent and received so far, by the tensors that go sparse."""
+        """Bytes sent and received so far.
+
+        Horovod reduces tensors that go dense itself: they are counted at the steps of
+        those that go sparse, if there are any.
+        """
         return self._path.traffic
 
     # ---------------------------------------------------------------------- state

@@ -21,6 +21,7 @@ def horovod() -> Iterator[None]:
     import horovod.tensorflow as hvd
     from members import process_set
 
+    os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"  # none, until a test asks for one
     hvd.init(process_sets=[process_set])
     yield
     hvd.shutdown()

@@ -1,5 +1,7 @@
 """The TensorFlow doors over real MPI, Keras 2 or 3; at any number of ranks."""
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -14,6 +16,7 @@ KERAS_3 = str(getattr(tf.keras, "__version__", "2")).startswith("3")
 
 several = pytest.mark.skipif(SIZE == 1, reason="needs mpirun -np 2 or more")
 keras_2 = pytest.mark.skipif(KERAS_3, reason="Keras 3 has no legacy optimizers")
+keras_3 = pytest.mark.skipif(not KERAS_3, reason="needs Keras 3: launch/test --keras3")
 
 # TensorFlow's and Keras's own, at import or first use
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -124,6 +127,51 @@ def test_replicas_agree_bitwise_with_a_tape(how):
     tape.close()
 
 
+class Counting(MPI.Intracomm):
+    """Notes every collective of gradients that starts."""
+
+    started: ClassVar[list[str]] = []
+
+    def Iallgather(self, *args, **options):  # noqa: N802  # MPI's name
+        self.started.append("Iallgather")
+        return super().Iallgather(*args, **options)
+
+    def Iallgatherv(self, *args, **options):  # noqa: N802  # MPI's name
+        self.started.append("Iallgatherv")
+        return super().Iallgatherv(*args, **options)
+
+    def Iallreduce(self, *args, **options):  # noqa: N802  # MPI's name
+        self.started.append("Iallreduce")
+        return super().Iallreduce(*args, **options)
+
+
+class EveryWeight(tf.keras.callbacks.Callback):
+    """All weights after each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen.append([w.copy() for w in self.model.get_weights()])
+
+
+def test_a_graph_runs_one_exchange_a_step_and_freezes_nothing():
+    steps, weights = 24, EveryWeight()
+    model = perceptron()  # 4 variables
+    optimizer = distribute(optimizer_of("SGD"), comm=Counting(COMM))
+    model.compile(optimizer, "mse")
+    x, y = data(8 * steps)
+    Counting.started.clear()
+    model.fit(x, y, batch_size=8, verbose=0, shuffle=False, callbacks=[weights])
+    # what ranks must agree on, then all payloads of the four
+    assert Counting.started == ["Iallgather", "Iallgatherv"] * steps
+    assert optimizer.traffic.steps == len(weights.seen) == steps
+    for before, after in zip(weights.seen, weights.seen[1:], strict=False):
+        assert all((b != a).any() for b, a in zip(before, after, strict=True))
+    optimizer.close()
+
+
 # ---------------------------------------------------------- density 1, nothing lost
 
 
@@ -214,6 +262,29 @@ def test_a_nan_on_one_rank_is_seen_by_all_and_forgotten():
     with tape:
         loss = tf.reduce_sum(weights * 1.0)
     assert np.isfinite(tape.gradient(loss, weights).numpy()).all()
+    tape.close()
+
+
+@pytest.mark.parametrize("how", ["eager", "graph"])
+def test_results_that_are_kept_never_change(how):
+    """TensorFlow takes them over without a copy, and they are used again after it."""
+    weights, tape = tf.Variable(tf.zeros(4096)), tape_of(TopK(1.0))
+
+    def step(gradient):
+        with tape:
+            same = tf.identity(weights)
+        return tape.gradient(same, weights, output_gradients=gradient)
+
+    step = tf.function(step) if how == "graph" else step
+    for _ in range(4):  # memory of results that nobody keeps any more
+        step(tf.zeros(4096))
+    kept = [step(tf.fill([4096], float(i))) for i in range(8)]
+    scaled = [2 * result for result in kept]
+    for _ in range(4):
+        step(tf.fill([4096], -1.0))
+    for i, (result, twice) in enumerate(zip(kept, scaled, strict=True)):
+        assert (result.numpy() == i).all()
+        assert (twice.numpy() == 2 * i).all()
     tape.close()
 
 
@@ -336,6 +407,15 @@ def test_it_stays_an_optimizer_of_its_class():
     optimizer.close()
 
 
+@keras_3
+def test_keras_3_is_refused_under_horovod_with_what_to_use_instead():
+    instead = (
+        r"plain MPI \(hvd_sparse\.tensorflow\.DistributedOptimizer\), or .*tf_keras"
+    )
+    with pytest.raises(RuntimeError, match=instead):
+        sparse.SparseCompressor(TopK())
+
+
 def test_bad_use_is_refused_by_name():
     with pytest.raises(TypeError, match=r"tape must be a tf\.GradientTape, got int"):
         sparse.DistributedGradientTape(1, TopK(), comm=COMM)
@@ -344,6 +424,15 @@ def test_bad_use_is_refused_by_name():
     optimizer = distribute(optimizer_of("SGD"))
     with pytest.raises(TypeError, match="distributed already"):
         distribute(optimizer)
+    optimizer.close()
+
+
+def test_xla_says_that_it_can_not_compile_it():
+    model = perceptron()
+    optimizer = distribute(optimizer_of("SGD"))
+    model.compile(optimizer, "mse", jit_compile=True)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="PyFunc"):
+        fit(model, *data(8))
     optimizer.close()
 
 
