@@ -31,8 +31,9 @@ from hvd_sparse.core.contracts import (
     Sum,
 )
 from hvd_sparse.core.routing import Never, WhenCheaper
-from hvd_sparse.core.sparsifiers import RandomK, Threshold, TopK
+from hvd_sparse.core.sparsifiers import RandomK, SignTopK, Threshold, TopK
 from hvd_sparse.core.state import checkpoint_path
+from hvd_sparse.core.stochastic import Stochastic
 
 __version__ = "0.1.0"
 
@@ -46,7 +47,9 @@ __all__ = [
     "PayloadError",
     "RandomK",
     "Selection",
+    "SignTopK",
     "Sparsifier",
+    "Stochastic",
     "Sum",
     "Threshold",
     "TopK",

@@ -122,6 +122,78 @@ def test_select_at_is_the_references(
 
 
 @given(kind=flat_kinds(), share=st.floats(0, 1))
+def test_select_again_is_the_references(
+    kernels: Kernels, dtype: np.dtype, kind: Kind, share: float
+) -> None:
+    residual = kind.make(wide(dtype), 0).copy()
+    k = round(share * residual.size)
+    expected, changed = residual.copy(), kernels.array(residual.copy())
+    wanted = reference.select_again(expected, k)
+    found = kernels.module.select_again(changed, k)
+    for one, other in zip((*found, changed), (*wanted, expected), strict=True):
+        same_bits(one, other)
+
+
+@given(kind=flat_kinds(), share=st.floats(0, 1), kept=st.floats(0, 1))
+def test_keep_largest_is_the_references(
+    kernels: Kernels, dtype: np.dtype, kind: Kind, share: float, kept: float
+) -> None:
+    residual, gradient = residual_and_gradient(kind, dtype, wrong=0)
+    k = round(share * residual.size)
+    expected, changed = residual.copy(), kernels.array(residual.copy())
+    indices, values, _ = reference.select_top(expected, gradient, k)
+    wanted = reference.keep_largest(expected, indices, values, round(kept * k))
+    module = kernels.module
+    indices, values, _ = module.select_top(changed, kernels.array(gradient), k)
+    found = module.keep_largest(changed, indices, values, round(kept * k))
+    for one, other in zip((*found, changed), (*wanted, expected), strict=True):
+        same_bits(one, other)
+
+
+@given(kind=flat_kinds(), wrong=st.integers(0, 3))
+def test_magnitudes_are_counted_as_the_reference_does(
+    kernels: Kernels, dtype: np.dtype, kind: Kind, wrong: int
+) -> None:
+    residual, gradient = residual_and_gradient(kind, dtype, wrong)
+    here = kernels.array(residual.copy())
+    same_bits(
+        kernels.module.count_sums(here, kernels.array(gradient)),
+        reference.count_sums(residual, gradient),
+    )
+    same_bits(here, residual)
+    counted = kernels.module.count_magnitudes(here)
+    same_bits(counted, reference.count_magnitudes(residual))
+    assert counted.sum() == residual.size
+
+
+@given(kind=flat_kinds())
+def test_magnitudes_and_norms_are_the_references(
+    kernels: Kernels, dtype: np.dtype, kind: Kind
+) -> None:
+    values = kind.make(wide(dtype), 0).copy()
+    here = kernels.array(values)
+    same_bits(kernels.module.largest_first(here), reference.largest_first(values))
+    # n additions in another order: each rounds by half an eps of float64
+    rounding = values.size * np.finfo(np.float64).eps
+    assert kernels.module.norm(here) == pytest.approx(
+        reference.norm(values), rel=rounding + 1e-15
+    )
+
+
+@given(
+    kind=flat_kinds(),
+    wrong=st.integers(0, 3),
+    rate=st.sampled_from([0.0, 1e-3, 0.3, 1.0, 1e30]),
+    seed=st.integers(0, 2**64 - 1),
+)
+def test_draw_is_the_references(
+    kernels: Kernels, dtype: np.dtype, kind: Kind, wrong: int, rate: float, seed: int
+) -> None:
+    residual, gradient = residual_and_gradient(kind, dtype, wrong)
+    assert_as_reference(kernels, "draw", residual, gradient, rate, seed)
+
+
+@given(kind=flat_kinds(), share=st.floats(0, 1))
 def test_add_at_is_the_references(
     kernels: Kernels, dtype: np.dtype, kind: Kind, share: float
 ) -> None:
@@ -302,6 +374,9 @@ def everything(kind: Kind, dtype: np.dtype) -> list[bytes]:
     for k in (0, 60, 600, n // 2, n):
         made += [*host.select_top(residual, gradient, k)[:2], residual.copy()]
         made += [*host.select_above(residual, gradient, 1.0, k)[:2], residual.copy()]
+        made += [*host.select_again(residual, k), residual.copy()]
+        made += [host.count_sums(residual, gradient)]
+        made += [*host.draw(residual.copy(), gradient, k / n, 3)[:2]]
         indices = host.random_indices(n, k, 3)
         made += [*host.select_at(residual, gradient, indices)[:2], residual.copy()]
         out = np.empty(n, dtype)

@@ -151,6 +151,38 @@ class Kernels(Protocol):
         """The same for entries at given indices."""
         ...
 
+    def select_again(self, residual: Array, k: int) -> tuple[Array, Array]:
+        """The k largest of the residual as it is: indices, values."""
+        ...
+
+    def keep_largest(
+        self, residual: Array, indices: Array, values: Array, k: int
+    ) -> tuple[Array, Array]:
+        """The k largest of what was selected; the others return to the residual."""
+        ...
+
+    def largest_first(self, values: Array) -> Array:
+        """Magnitudes, float64 on the host, falling."""
+        ...
+
+    def norm(self, residual: Array) -> float:
+        """The 2-norm, summed in float64."""
+        ...
+
+    def count_magnitudes(self, values: Array) -> Array:
+        """(bins,) int64 on the host: magnitudes in logarithmic bins."""
+        ...
+
+    def count_sums(self, residual: Array, gradient: Array) -> Array:
+        """The same of residual + gradient, which stay as they are."""
+        ...
+
+    def draw(
+        self, residual: Array, gradient: Array, rate: float, seed: int
+    ) -> tuple[Array, Array, int]:
+        """Each entry c with p = min(1, rate |c|), as c / p; residual becomes 0."""
+        ...
+
     def add_at(self, residual: Array, indices: Array, values: Array) -> None:
         """Overwrites residual[indices] with residual[indices] + values."""
         ...

@@ -40,7 +40,15 @@ from hvd_sparse.core.payload import (
     step_of,
 )
 from hvd_sparse.core.routing import Dense, WhenCheaper
-from hvd_sparse.core.sparsifiers import RandomK, Threshold, TopK, elements
+from hvd_sparse.core.sparsifiers import (
+    RandomK,
+    SignsUntilNorm,
+    SignTopK,
+    Threshold,
+    TopK,
+    elements,
+)
+from hvd_sparse.core.stochastic import Stochastic
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.kernels import kernels_for
 from hvd_sparse.kernels.reference import check_indices
@@ -48,6 +56,8 @@ from hvd_sparse.kernels.reference import check_indices
 STATE_FORMAT = 1
 _NOTHING = Selection(np.empty(0, np.int32), np.empty(0, np.float32), 0)
 MOST_ELEMENTS = 2**31 - 1
+# whose selections need no check: tests prove them
+OURS = (TopK, RandomK, Threshold, SignTopK, SignsUntilNorm, Stochastic)
 
 
 @dataclass
@@ -62,6 +72,7 @@ class Tensor:
         payload: the last one's bytes; their memory serves the next.
         in_flight: sent and not received yet.
         latest: the step of the rank that is furthest, where ranks may be apart.
+        chosen: elements that were selected last; 0 before the first step.
     """
 
     name: str
@@ -76,6 +87,15 @@ class Tensor:
     payload: Bytes | None = None
     in_flight: bool = False
     latest: int = 0
+    chosen: int = 0
+
+    def select(self, residual: Array, gradient: Array) -> Selection:
+        """The sparsifier's choice; `after` tells it how many the last one was."""
+        sparsifier = self.sparsifier
+        if hasattr(sparsifier, "after"):
+            sparsifier = sparsifier.after(self.chosen)
+        header = self.header
+        return sparsifier.select(residual, gradient, header.k, header.step)
 
     def check(self, selection: Selection) -> None:
         """What a custom sparsifier may get wrong, before it becomes a payload.
@@ -191,10 +211,9 @@ class GradientPath:
         # what is not selected
         residual = self.memory.residual(name, gradient)
         header = tensor.header
-        selection = tensor.sparsifier.select(
-            residual, _flat(gradient), header.k, header.step
-        )
+        selection = tensor.select(residual, _flat(gradient))
         self._check(tensor, selection)
+        tensor.chosen = selection.indices.shape[0]
         payload, sent = encode(selection, header, tensor.payload)
         if sent is not selection.values:  # rounded on the wire: the rest is not lost
             self.memory.keep(name, selection.indices, selection.values - sent)
@@ -260,7 +279,7 @@ class GradientPath:
             self._aggregate(flight.tensor, payloads, out)
 
     def _check(self, tensor: Tensor, selection: Selection) -> None:
-        if isinstance(tensor.sparsifier, TopK | RandomK | Threshold):
+        if isinstance(tensor.sparsifier, OURS):
             return
         try:
             tensor.check(selection)
@@ -362,12 +381,14 @@ class GradientPath:
                 f"{name}: gradient must have at most 2**31 - 1 elements (indices are "
                 f"int32), got {n}; split it"
             )
-        step = self._restore_loaded(name, gradient)
+        step, chosen = self._restore_loaded(name, gradient)
         sparsifier = self.sparsifier
+        if hasattr(sparsifier, "for_rank"):
+            sparsifier = sparsifier.for_rank(self.exchange.rank)
         if hasattr(sparsifier, "for_tensor"):
             sparsifier = sparsifier.for_tensor(name)
         shared = getattr(sparsifier, "shared_indices", False)
-        layout = VALUES_ONLY if shared else INDEXED
+        layout = getattr(sparsifier, "layout", VALUES_ONLY if shared else INDEXED)
         itemsize = gradient.dtype.itemsize
         size = self.exchange.size * self.exchange.weight
         limit = self.dense.limit(n, dtype, itemsize, layout, size)
@@ -386,6 +407,7 @@ class GradientPath:
             header,
             varies=density is None,
             dense=limit < least,
+            chosen=chosen,
         )
 
     @property
@@ -410,13 +432,14 @@ class GradientPath:
             "step": self.traffic.steps,
             "tensors": {
                 # loaded and not used since: still waiting, so still part of the state
-                **{name: _saved(**tensor) for name, tensor in self._loaded.items()},
+                **{name: _saved(**saved) for name, saved in self._loaded.items()},
                 **{
                     name: _saved(
                         tensor.shape,
                         tensor.dtype,
                         tensor.header.step,
                         residuals.get(name),
+                        tensor.chosen,
                     )
                     for name, tensor in self.tensors.items()
                 },
@@ -459,23 +482,32 @@ class GradientPath:
         self.memory.residuals.clear()
         self.traffic.steps = state["step"]
 
-    def _restore_loaded(self, name: str, gradient: Array) -> int:
-        """Put a loaded residual where its gradient is; returns the tensor's step."""
+    def _restore_loaded(self, name: str, gradient: Array) -> tuple[int, int]:
+        """Put a loaded residual where its gradient is; returns step and chosen."""
         saved = self._loaded.get(name)
         if saved is None:
-            return 0
+            return 0, 0
         _check_loaded(name, saved, tuple(gradient.shape), _dtype(gradient))
         if saved["residual"] is not None:
             _copy_to(self.memory.residual(name, gradient), saved["residual"])
         del self._loaded[name]
-        return int(saved["step"])
+        return int(saved["step"]), int(saved.get("chosen", 0))
 
 
 def _saved(
-    shape: tuple[int, ...], dtype: str, step: int, residual: Array | None
+    shape: tuple[int, ...],
+    dtype: str,
+    step: int,
+    residual: Array | None,
+    chosen: int = 0,
 ) -> dict[str, Any]:
-    copied = _copy(residual, shape)
-    return {"shape": shape, "dtype": dtype, "step": step, "residual": copied}
+    return {
+        "shape": shape,
+        "dtype": dtype,
+        "step": step,
+        "residual": _copy(residual, shape),
+        "chosen": chosen,
+    }
 
 
 def _check_loaded(

@@ -19,8 +19,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import carray, njit
+from numba import carray
 
+from hvd_sparse.kernels import drawing
+from hvd_sparse.kernels.compiled import jit as _jit
 from hvd_sparse.kernels.lanes import (
     LANES,
     accumulate16,
@@ -44,15 +46,6 @@ _RUN = 32  # elements sampled side by side: two cache lines arrive together
 _STRETCH = 8192  # elements accumulated before their hits are looked at, in L1
 # added, it leaves every residual as it is, -0.0 included
 _NOTHING = {4: np.full(LANES, -0.0, np.float32), 8: np.full(LANES, -0.0)}
-
-
-def _jit(function: Any) -> Any:
-    """Compiled at first use and kept on disk, where this user may write anywhere."""
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # numba found no folder for its cache
-        return njit(**options)(function)
 
 
 # --------------------------------------------------------------------- exact finish
@@ -529,3 +522,47 @@ def random_indices(n: int, k: int, seed: int) -> Array:
     _permuted(n, np.uint64(seed), indices)
     indices.sort()
     return indices
+
+
+# ------------------------------------------------------------ where data decide on k
+
+
+def keep_largest(
+    residual: Array, indices: Array, values: Array, k: int
+) -> tuple[Array, Array]:
+    """The k largest of what was selected; the others return to the residual.
+
+    Overwrites indices and values.
+    """
+    return _cut(residual, indices, values, k)
+
+
+def largest_first(values: Array) -> Array:
+    """(k,) float64 magnitudes on the host, falling."""
+    return np.sort(np.abs(values)).astype(np.float64)[::-1]
+
+
+def select_again(residual: Array, k: int) -> tuple[Array, Array]:
+    """As select_top, with nothing to add."""
+    nothing = _NOTHING[residual.dtype.itemsize]
+    for wide in (1, 4, residual.size):
+        bound = _estimate(residual, nothing, 0, k, wide)
+        indices, values, _ = _candidates(residual, nothing, 0, bound, k)
+        if indices.size >= k:
+            break
+        _add_at(residual, indices, values)
+    return _cut(residual, indices, values, k)
+
+
+def count_sums(residual: Array, gradient: Array) -> Array:
+    """(bins,) int64: magnitudes of residual + gradient in logarithmic bins."""
+    return drawing.count_sums(residual, _lane_view(gradient))
+
+
+def draw(residual: Array, gradient: Array, rate: float, seed: int) -> Selected:
+    """Overwrites residual with 0: each entry c is drawn with p, and sent as c / p."""
+    return drawing.draw(residual, _lane_view(gradient), rate, seed)
+
+
+count_magnitudes = drawing.count_magnitudes
+norm = drawing.norm
