@@ -21,6 +21,7 @@ from importlib import import_module
 from typing import Any
 
 from hvd_sparse.carriers import Embedded, Gathered
+from hvd_sparse.core.adaptive import CAT, ExactCAT
 from hvd_sparse.core.contracts import (
     Average,
     ExchangeError,
@@ -30,6 +31,7 @@ from hvd_sparse.core.contracts import (
     Sparsifier,
     Sum,
 )
+from hvd_sparse.core.costs import Affine, Packet, PaperPayload, Payload
 from hvd_sparse.core.routing import Never, WhenCheaper
 from hvd_sparse.core.sparsifiers import RandomK, SignTopK, Threshold, TopK
 from hvd_sparse.core.state import checkpoint_path
@@ -38,12 +40,18 @@ from hvd_sparse.core.stochastic import Stochastic
 __version__ = "0.1.0"
 
 __all__ = [
+    "CAT",
+    "Affine",
     "Average",
     "Embedded",
+    "ExactCAT",
     "ExchangeError",
     "Gathered",
     "Never",
     "Op",
+    "Packet",
+    "PaperPayload",
+    "Payload",
     "PayloadError",
     "RandomK",
     "Selection",

@@ -22,7 +22,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "laws")
 # what only ranks can import; collecting doctests would import, and so run, it
 collect_ignore = ["members.py", "programs"]
 
-KERNELS_ARE_LOOKED_UP_IN = ("memory", "path", "sparsifiers", "stochastic")
+KERNELS_ARE_LOOKED_UP_IN = ("adaptive", "memory", "path", "sparsifiers", "stochastic")
 
 
 @pytest.fixture(params=DTYPES.values(), ids=DTYPES.keys())

@@ -14,6 +14,8 @@ import torch
 from hypothesis import strategies as st
 
 from hvd_sparse import (
+    CAT,
+    Affine,
     Average,
     Never,
     RandomK,
@@ -96,17 +98,22 @@ SPARSIFIERS: dict[str, Callable[[float], Any]] = {
     "custom": lambda share: TakesTurns(stride=math.ceil(1 / share)),
 }
 
+AFFINE = Affine(per_byte=1.0, per_message=54.0)
+
 # and those that take another share, or round what they take: the rest is not lost
 WITH_RESIDUAL: dict[str, Callable[[float], Any]] = {
     **SPARSIFIERS,
     "SignTopK": lambda share: SignTopK(density=share),
     "alistarh": lambda share: SignTopK.alistarh(),
+    "CAT TopK": lambda share: CAT(TopK(), AFFINE, most=share),
+    "CAT SignTopK": lambda share: CAT(SignTopK(), AFFINE, most=share, change=1.5),
 }
 
 # and those that keep nothing, because what they send is right on average
 EVERY: dict[str, Callable[[float], Any]] = {
     **WITH_RESIDUAL,
     "Stochastic": lambda share: Stochastic(expected_density=share, seed=7),
+    "CAT Stochastic": lambda share: CAT(Stochastic(seed=7), AFFINE, most=share),
 }
 
 

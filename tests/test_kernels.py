@@ -121,16 +121,32 @@ def test_select_at_is_the_references(
     assert_as_reference(kernels, "select_at", residual, gradient, indices)
 
 
-@given(kind=flat_kinds(), share=st.floats(0, 1))
-def test_select_again_is_the_references(
-    kernels: Kernels, dtype: np.dtype, kind: Kind, share: float
+@given(kind=flat_kinds(), share=st.floats(0, 1), wrong=st.integers(0, 3))
+def test_what_is_selected_roughly_is_the_largest_and_enough(
+    kernels: Kernels, dtype: np.dtype, kind: Kind, share: float, wrong: int
 ) -> None:
-    residual = kind.make(wide(dtype), 0).copy()
-    k = round(share * residual.size)
-    expected, changed = residual.copy(), kernels.array(residual.copy())
-    wanted = reference.select_again(expected, k)
-    found = kernels.module.select_again(changed, k)
-    for one, other in zip((*found, changed), (*wanted, expected), strict=True):
+    residual, gradient = residual_and_gradient(kind, dtype, wrong)
+    k, module = round(share * residual.size), kernels.module
+    total, nothing = residual.copy(), np.array([-0.0], dtype)
+    nonfinite = reference.select_top(total, gradient, 0)[2]
+    for add in (True, False):
+        changed = kernels.array(residual.copy() if add else total.copy())
+        if add:
+            found = module.select_some(changed, kernels.array(gradient), k)
+            assert found[2] == nonfinite
+        else:
+            found = module.select_again(changed, k)
+        expected = total.copy()
+        count = found[0].shape[0]
+        assert k <= count <= 2 * k + 5000
+        assert_all_same(
+            (*found[:2], changed),
+            (*reference.select_top(expected, nothing, count)[:2], expected),
+        )
+
+
+def assert_all_same(found: Any, expected: Any) -> None:
+    for one, other in zip(found, expected, strict=True):
         same_bits(one, other)
 
 
@@ -146,8 +162,7 @@ def test_keep_largest_is_the_references(
     module = kernels.module
     indices, values, _ = module.select_top(changed, kernels.array(gradient), k)
     found = module.keep_largest(changed, indices, values, round(kept * k))
-    for one, other in zip((*found, changed), (*wanted, expected), strict=True):
-        same_bits(one, other)
+    assert_all_same((*found, changed), (*wanted, expected))
 
 
 @given(kind=flat_kinds(), wrong=st.integers(0, 3))

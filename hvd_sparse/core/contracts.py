@@ -151,8 +151,14 @@ class Kernels(Protocol):
         """The same for entries at given indices."""
         ...
 
+    def select_some(
+        self, residual: Array, gradient: Array, k: int
+    ) -> tuple[Array, Array, int]:
+        """Accumulate and take all that reach some bound: k or a few more."""
+        ...
+
     def select_again(self, residual: Array, k: int) -> tuple[Array, Array]:
-        """The k largest of the residual as it is: indices, values."""
+        """The same of the residual as it is: indices, values."""
         ...
 
     def keep_largest(

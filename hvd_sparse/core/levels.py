@@ -63,9 +63,14 @@ class Levels:
         largest = self.magnitudes[0] if self.magnitudes.size else 0.0
         return self.magnitudes / largest if largest > 0 else self.magnitudes
 
+    @property
+    def ends(self) -> Array:
+        """(levels,) elements up to the end of each level."""
+        return self._ends[1:]
+
     @cached_property
     def _ends(self) -> Array:
-        """(levels + 1,) elements up to the end of each level."""
+        """(levels + 1,) elements up to the end of each level, 0 first."""
         return np.concatenate(([0], np.cumsum(self.counts)))
 
     @cached_property

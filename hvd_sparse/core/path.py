@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from hvd_sparse.core.adaptive import CAT
 from hvd_sparse.core.contracts import (
     Array,
     Average,
@@ -57,7 +58,7 @@ STATE_FORMAT = 1
 _NOTHING = Selection(np.empty(0, np.int32), np.empty(0, np.float32), 0)
 MOST_ELEMENTS = 2**31 - 1
 # whose selections need no check: tests prove them
-OURS = (TopK, RandomK, Threshold, SignTopK, SignsUntilNorm, Stochastic)
+OURS = (TopK, RandomK, Threshold, SignTopK, SignsUntilNorm, Stochastic, CAT)
 
 
 @dataclass

@@ -13,7 +13,8 @@ from hashlib import blake2b
 import numpy as np
 
 from hvd_sparse.core.contracts import Array, Selection
-from hvd_sparse.core.payload import SIGNS
+from hvd_sparse.core.levels import Levels
+from hvd_sparse.core.payload import INDEXED, SIGNS
 from hvd_sparse.kernels import host, kernels_for
 
 _ROUNDING = 1e-12  # of sums in float64: k equal magnitudes reach their norm at sqrt(k)
@@ -71,8 +72,18 @@ class TopK:
 
     density: float = 0.001
 
+    layout = INDEXED
+
     def __post_init__(self) -> None:
         check_density(self.density)
+
+    def descent(self, levels: Levels, sizes: Array) -> Array:
+        """What so many elements are sure to gain, but for a factor they share.
+
+        alpha(T) |g|^2 = sum_T g^2, with F(x - Q(g) / L) <= F(x) - alpha |g|^2 / (2 L):
+        Khirirat et al., 2020, arXiv:2003.06377, lemma 1.
+        """
+        return levels.squares(sizes)
 
     def select(self, residual: Array, gradient: Array, k: int, step: int) -> Selection:
         """Overwrites residual with residual + gradient, its k largest entries 0."""
@@ -113,6 +124,15 @@ class SignTopK:
 
     def __post_init__(self) -> None:
         check_density(self.density)
+
+    def descent(self, levels: Levels, sizes: Array) -> Array:
+        """What so many elements are sure to gain, but for a factor they share.
+
+        beta(T) |g|^2 = (sum_T |g|)^2 / T, with F(x - Q(g) / L) <= F(x) - beta |g|^2 /
+        (2 L): Khirirat et al., 2020, arXiv:2003.06377, lemma 2.
+        """
+        descent: Array = levels.sums(sizes) ** 2 / sizes
+        return descent
 
     @staticmethod
     def alistarh() -> "SignsUntilNorm":

@@ -56,6 +56,15 @@ class Stochastic:
         """The same sparsifier, its seed derived from this tensor's name."""
         return replace(self, seed=digest(self.seed, name))
 
+    def descent(self, levels: Levels, sizes: Array) -> Array:
+        """What so many expected elements gain on average, but for a shared factor.
+
+        omega(T) = |g|^2 / E|Q(g)|^2, with E F(x - omega Q(g) / L) <= F(x) - omega |g|^2
+        / (2 L): Khirirat et al., 2020, arXiv:2003.06377, lemma 3.
+        """
+        moments = levels.second_moments(sizes)
+        return 1 / np.where(moments > 0, moments, np.inf)
+
     def select(self, residual: Array, gradient: Array, k: int, step: int) -> Selection:
         """Overwrites residual with 0; see draw."""
         levels = self.levels(residual, gradient)
@@ -78,7 +87,9 @@ class Stochastic:
         """
         kernels = kernels_for(residual)
         wide = "float64" if residual.dtype.itemsize == 8 else "float32"
-        rate = min(rate, float(np.finfo(wide).max))
+        most = float(np.finfo(wide).max)
+        # no c / p is out of range, nor the sum of a thousand of them
+        rate = min(max(rate, 1024 / most), most)
         indices, values, nonfinite = kernels.draw(
             residual, gradient, rate, digest(self.seed, step)
         )

@@ -93,8 +93,11 @@ def norm(residual: Tensor) -> float:
     return float(torch.linalg.vector_norm(residual, dtype=torch.float64))
 
 
+select_some = select_top  # all that reach some bound: k, and here no more
+
+
 def select_again(residual: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """As select_top, with nothing to add."""
+    """As select_some, with nothing to add."""
     return _take(residual, _largest(residual.abs(), k))
 
 

@@ -542,16 +542,44 @@ def largest_first(values: Array) -> Array:
     return np.sort(np.abs(values)).astype(np.float64)[::-1]
 
 
+def select_some(residual: Array, gradient: Array, k: int) -> Selected:
+    """As select_top, for all that reach some bound: k, or up to 2 k and a few."""
+    bound = _estimate(residual, _lane_view(gradient), 1, k, 1)
+    if bound == 0:  # all reach it
+        return select_top(residual, gradient, k)
+    found = _all_above(residual, _lane_view(gradient), 1, bound, k)
+    if found[0].size < k:
+        _add_at(residual, *found[:2])
+        return *select_again(residual, k), found[2]
+    return found
+
+
 def select_again(residual: Array, k: int) -> tuple[Array, Array]:
-    """As select_top, with nothing to add."""
+    """As select_some, with nothing to add."""
     nothing = _NOTHING[residual.dtype.itemsize]
-    for wide in (1, 4, residual.size):
+    for wide in (1, 4):
         bound = _estimate(residual, nothing, 0, k, wide)
-        indices, values, _ = _candidates(residual, nothing, 0, bound, k)
-        if indices.size >= k:
+        if bound == 0:
             break
+        indices, values, _ = _all_above(residual, nothing, 0, bound, k)
+        if indices.size >= k:
+            return indices, values
         _add_at(residual, indices, values)
+    indices, values, _ = _candidates(residual, nothing, 0, residual.dtype.type(0), k)
     return _cut(residual, indices, values, k)
+
+
+def _all_above(
+    residual: Array, gradient: Array, stride: int, bound: Any, k: int
+) -> Selected:
+    """All that reach the bound, whatever the number of threads; k of far too many.
+
+    The buffers have room for everything, but only what is used of them is memory.
+    """
+    found = _candidates(residual, gradient, stride, bound, residual.size)
+    if found[0].size > 2 * k + _SPARE:
+        return *_cut(residual, *found[:2], k), found[2]
+    return found
 
 
 def count_sums(residual: Array, gradient: Array) -> Array:

@@ -84,8 +84,11 @@ def norm(residual: Array) -> float:
         return float(np.linalg.norm(residual.astype(np.float64)))
 
 
+select_some = select_top  # all that reach some bound: k, and here no more
+
+
 def select_again(residual: Array, k: int) -> tuple[Array, Array]:
-    """As select_top, with nothing to add."""
+    """As select_some, with nothing to add."""
     return _take(residual, _largest_first(residual)[:k])
 
 

@@ -9,9 +9,13 @@ first use.
 """
 
 from hvd_sparse import (
+    CAT,
+    Affine,
     Average,
     ExchangeError,
     Never,
+    Packet,
+    Payload,
     PayloadError,
     RandomK,
     SignTopK,
@@ -23,6 +27,7 @@ from hvd_sparse import (
     checkpoint_path,
 )
 from hvd_sparse.tensorflow.horovod import SparseCompressor
+from hvd_sparse.tensorflow.measuring import measure
 from hvd_sparse.tensorflow.mpi import (
     DistributedGradientTape,
     DistributedOptimizer,
@@ -30,11 +35,15 @@ from hvd_sparse.tensorflow.mpi import (
 )
 
 __all__ = [
+    "CAT",
+    "Affine",
     "Average",
     "DistributedGradientTape",
     "DistributedOptimizer",
     "ExchangeError",
     "Never",
+    "Packet",
+    "Payload",
     "PayloadError",
     "RandomK",
     "SignTopK",
@@ -46,4 +55,5 @@ __all__ = [
     "WhenCheaper",
     "broadcast_variables",
     "checkpoint_path",
+    "measure",
 ]

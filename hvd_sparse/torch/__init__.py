@@ -10,11 +10,15 @@ Importing this imports torch, and neither MPI nor Horovod: a door does at first 
 """
 
 from hvd_sparse import (
+    CAT,
+    Affine,
     Average,
     Embedded,
     ExchangeError,
     Gathered,
     Never,
+    Packet,
+    Payload,
     PayloadError,
     RandomK,
     SignTopK,
@@ -26,6 +30,7 @@ from hvd_sparse import (
     checkpoint_path,
 )
 from hvd_sparse.torch.horovod import SparseCompressor
+from hvd_sparse.torch.measuring import measure
 from hvd_sparse.torch.mpi import (
     DistributedOptimizer,
     broadcast_optimizer_state,
@@ -33,12 +38,16 @@ from hvd_sparse.torch.mpi import (
 )
 
 __all__ = [
+    "CAT",
+    "Affine",
     "Average",
     "DistributedOptimizer",
     "Embedded",
     "ExchangeError",
     "Gathered",
     "Never",
+    "Packet",
+    "Payload",
     "PayloadError",
     "RandomK",
     "SignTopK",
@@ -51,4 +60,5 @@ __all__ = [
     "broadcast_optimizer_state",
     "broadcast_parameters",
     "checkpoint_path",
+    "measure",
 ]
