@@ -27,6 +27,7 @@ from hvd_sparse import (
     TopK,
     WhenCheaper,
 )
+from hvd_sparse.torch import measure
 from hvd_sparse.torch.horovod import SparseCompressor
 
 CARRIERS = [Gathered(), Embedded()]
