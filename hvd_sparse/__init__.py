@@ -6,6 +6,7 @@ The map of the package:
 |---|---|
 | `hvd_sparse.core.path` | START HERE: the six stages a gradient passes |
 | `hvd_sparse.core` | memory, sparsifiers, payload, routing, traffic |
+| `hvd_sparse.core.adaptive` | CAT: how many elements, and `costs` of sending them |
 | `hvd_sparse.kernels` | the hot loops: numpy oracle, Numba, accelerator |
 | `hvd_sparse.mpi` | numpy arrays over plain MPI: SparseAllreduce |
 | `hvd_sparse.exchange` | what MPI carries, and when ranks disagree: `agreement` |
