@@ -51,26 +51,27 @@ class History:
     Attributes:
         sent_bytes: so far, one a step.
         densities: of each tensor that goes sparse, one row a step.
+        overall: of their elements together, one a step.
     """
 
     traffic: Traffic | None = None
     sent_bytes: list[int] = field(default_factory=list)
     densities: list[list[float]] = field(default_factory=list)
+    overall: list[float] = field(default_factory=list)
     _elements: dict[str, int] = field(default_factory=dict)
 
     def add(self, traffic: Traffic) -> None:
         """Another step is over."""
         if traffic is not self.traffic:  # another training begins
-            self.traffic, self.sent_bytes, self.densities = traffic, [], []
-            self._elements = {}
+            self.traffic, self._elements = traffic, {}
+            self.sent_bytes, self.densities, self.overall = [], [], []
         self.sent_bytes.append(traffic.sent_bytes)
-        row = []
-        for name, tensor in traffic.tensors.items():
-            if tensor.route == "sparse":
-                n = tensor.dense_bytes / 4 / traffic.steps  # float32 models
-                row.append((tensor.sent_elements - self._elements.get(name, 0)) / n)
-                self._elements[name] = tensor.sent_elements
-        self.densities.append(row)
+        tensors = {n: t for n, t in traffic.tensors.items() if t.route == "sparse"}
+        sizes = [t.dense_bytes / 4 / traffic.steps for t in tensors.values()]  # float32
+        sent = [t.sent_elements - self._elements.get(n, 0) for n, t in tensors.items()]
+        self._elements = {n: t.sent_elements for n, t in tensors.items()}
+        self.densities.append([s / n for s, n in zip(sent, sizes, strict=True)])
+        self.overall.append(sum(sent) / sum(sizes) if sizes else 0.0)
 
 
 @dataclass(frozen=True)
@@ -266,13 +267,14 @@ def over_time(history: History) -> Table:
     sent = [0, *history.sent_bytes]
     windows = [(sent[b] - sent[a]) / max(b - a, 1) for a, b in pairwise(cuts)]
     table.add_row("bytes sent per step", *(f"{window:,.0f}" for window in windows))
-    pick = {"lowest": min, "median": statistics.median, "highest": max}
-    for name, of in pick.items():
+    means = [statistics.mean(history.overall[a:b] or [0]) for a, b in pairwise(cuts)]
+    table.add_row("density", *(f"{mean:.2%}" for mean in means))
+    for name, of in {"lowest": min, "highest": max}.items():
         cells = []
         for first, last in pairwise(cuts):
             every = [d for row in history.densities[first:last] for d in row]
             cells.append(f"{of(every):.2%}" if every else "")
-        table.add_row(f"{name} density", *cells)
+        table.add_row(f"  {name} of a tensor", *cells)
     return table
 
 
@@ -291,8 +293,10 @@ def plot(file: Path, tasks: list[Task], outcomes: list[list[Outcome]]) -> None:
             above.plot([b - a for a, b in pairwise(sent)], label=label, lw=1)
         above.set(title=task.name, yscale="log", ylabel="bytes sent in a step")
         above.legend()
-        below.plot(row[-1].history.densities, lw=0.7)
-        below.set(yscale="log", xlabel="step", ylabel="density, each tensor")
+        below.plot(row[-1].history.densities, lw=0.5, color="0.8")
+        below.plot(row[-1].history.overall, lw=1.5, label="all elements")
+        below.set(yscale="log", xlabel="step", ylabel="density (grey: a tensor's)")
+        below.legend()
     figure.tight_layout()
     figure.savefig(file, dpi=80, metadata={"Software": None})
 

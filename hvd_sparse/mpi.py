@@ -118,7 +118,8 @@ class SparseAllreduce:
                 on every rank and in every step. Read only.
             out: per name, where to write the result; new arrays unless given. Memory
                 that exists is faster: a fresh 100 MB array costs more in page faults
-                than the exchange. May be the gradients themselves.
+                than the exchange. May be the gradients themselves, which saves a pass
+                over them; after an error they are 0 then: all is in the residual.
 
         Returns:
             Per name an array of the gradient's shape and dtype, the same bits on every
@@ -169,7 +170,10 @@ class SparseAllreduce:
         for name, gradient in gradients.items():
             _check_out(name, gradient, out)
         for name in sorted(gradients):
-            self._flights.append(self._path.send(name, gradients[name]))
+            gradient = gradients[name]
+            in_place = out is not None and out.get(name) is gradient
+            flight = self._path.send(name, gradient, in_place=in_place)
+            self._flights.append(flight)
         # made last: an array that can not be sent needs no room for its result
         self._outs = out or {n: _empty(n, g) for n, g in gradients.items()}
 

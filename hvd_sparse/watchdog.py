@@ -20,14 +20,14 @@ _LAST_S = 10.0  # for the blocked thread to leave Horovod once it was shut down
 
 
 class Watchdog:
-    """Counts the seconds in which a thread is blocked and nothing moves."""
+    """Counts the seconds in which collectives wait for peers and nothing moves."""
 
     def __init__(
         self,
         timeout_s: float,
         rank: Callable[[], int],
         shutdown: Callable[[], None],
-        blocked: Callable[[], bool],
+        waiting: Callable[[], bool],
     ) -> None:
         """Watch from the first `sent` on.
 
@@ -35,14 +35,15 @@ class Watchdog:
             timeout_s: seconds without movement after which to give up.
             rank: of this process, for the messages.
             shutdown: frees the threads that are blocked.
-            blocked: whether a thread of this process waits for peers. Otherwise what
-                is on its way is not missed: the caller is busy with something else.
+            waiting: whether something that this process has sent waits for peers.
+                Otherwise the caller is busy with something else. It must not look at
+                the frames of other threads: CPython 3.11 crashes now and then.
         """
         self.gave_up = ""
         self._timeout_s = timeout_s
         self._rank = rank
         self._shutdown = shutdown
-        self._blocked = blocked
+        self._waiting = waiting
         self._waits: dict[str, int] = {}  # per tensor on its way, its step
         self._moves = 0
         self._thread: threading.Thread | None = None
@@ -78,7 +79,7 @@ class Watchdog:
         tick = min(1.0, self._timeout_s / 20)
         waited, moves, warned = 0.0, self._moves, False
         while not self._stopped.wait(tick):
-            if self._moves != moves or not self._waits or not self._blocked():
+            if self._moves != moves or not self._waits or not self._waiting():
                 waited, moves, warned = 0.0, self._moves, False
                 continue
             waited += tick
@@ -110,7 +111,7 @@ class Watchdog:
         deadline = time.monotonic() + _LAST_S
         atexit.register(_leave, stuck, deadline)
         while time.monotonic() < deadline:
-            if self._stopped.wait(0.1) or not self._blocked():
+            if self._stopped.wait(0.1) or not self._waiting():
                 return
         log.error("rank %d is still blocked in Horovod; ending it", self._rank())
         _end()
@@ -128,15 +129,3 @@ def _end() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
-
-
-def blocked_in(file: str, function: str) -> bool:
-    """Whether a thread of this process is in that function of that file."""
-    for frame in sys._current_frames().values():
-        inner = frame
-        while inner is not None:
-            code = inner.f_code
-            if code.co_name == function and code.co_filename.endswith(file):
-                return True
-            inner = inner.f_back  # type: ignore[assignment]  # None at the top
-    return False

@@ -42,6 +42,22 @@ def test_gathered_payloads_come_apart_as_they_were(
     assert [p.tobytes() for p in received] == [p.tobytes() for p in sent]
 
 
+@given(COUNTS, st.integers(1, 4), st.booleans())
+def test_payloads_of_a_batch_come_apart_as_they_were(
+    counts: list[int], each: int, padded: bool
+) -> None:
+    sent = [
+        [payload(k + i, rank) for i in range(each)] for rank, k in enumerate(counts)
+    ]
+    parts = []
+    for own in sent:
+        size = sum(p.size for p in own)
+        padding = padded_bytes(size) - size if padded else 0
+        parts += [*own, np.zeros(padding, np.uint8)]
+    received = split(np.concatenate(parts), each=each, padded=padded)
+    assert [p.tobytes() for p in received] == [p.tobytes() for own in sent for p in own]
+
+
 @pytest.mark.parametrize("damage", ["magic", "cut", "k"])
 def test_damaged_payloads_are_an_error_that_names_the_rank(damage: str) -> None:
     buffer = np.concatenate([payload(3), payload(4)])

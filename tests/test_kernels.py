@@ -78,6 +78,12 @@ def assert_as_reference(
     same_bits(values, expected[1])
     assert nonfinite == expected[2]
     same_bits(changed, expected_residual)
+    changed, spent = kernels.array(residual.copy()), kernels.array(gradient.copy())
+    again = select(changed, spent, *options, out=spent)
+    same_bits(again[0], expected[0])
+    same_bits(again[1], expected[1])
+    same_bits(changed, expected_residual)
+    same_bits(spent, np.zeros_like(gradient))
 
 
 # ------------------------------------------------------------- against the reference
@@ -132,8 +138,10 @@ def test_what_is_selected_roughly_is_the_largest_and_enough(
     for add in (True, False):
         changed = kernels.array(residual.copy() if add else total.copy())
         if add:
-            found = module.select_some(changed, kernels.array(gradient), k)
+            spent = kernels.array(gradient.copy())
+            found = module.select_some(changed, spent, k, out=spent)
             assert found[2] == nonfinite
+            same_bits(spent, np.zeros_like(gradient))
         else:
             found = module.select_again(changed, k)
         expected = total.copy()
@@ -205,7 +213,11 @@ def test_draw_is_the_references(
     kernels: Kernels, dtype: np.dtype, kind: Kind, wrong: int, rate: float, seed: int
 ) -> None:
     residual, gradient = residual_and_gradient(kind, dtype, wrong)
-    assert_as_reference(kernels, "draw", residual, gradient, rate, seed)
+    expected, changed = residual.copy(), kernels.array(residual.copy())
+    wanted = reference.draw(expected, gradient, rate, seed)
+    found = kernels.module.draw(changed, kernels.array(gradient), rate, seed)
+    assert_all_same((*found[:2], changed), (*wanted[:2], expected))
+    assert found[2] == wanted[2]
 
 
 @given(kind=flat_kinds(), share=st.floats(0, 1))
@@ -236,6 +248,9 @@ def test_aggregate_is_the_references(
     reference.aggregate(expected, payloads, scale)
     kernels.module.aggregate(found, payloads, scale)
     same_bits(found, expected)
+    cleared = kernels.array(np.zeros_like(expected))
+    kernels.module.aggregate(cleared, payloads, scale, cleared=True)
+    same_bits(cleared, expected)
 
 
 def payloads_of(
@@ -261,6 +276,9 @@ def test_aggregate_is_the_references_beyond_one_chunk(
     reference.aggregate(expected, payloads, 1 / 3)
     kernels.module.aggregate(found, payloads, 1 / 3)
     same_bits(found, expected)
+    cleared = kernels.array(np.zeros_like(expected))
+    kernels.module.aggregate(cleared, payloads, 1 / 3, cleared=True)
+    same_bits(cleared, expected)
 
 
 def test_sums_that_overflow_are_handed_back_as_they_are(

@@ -164,6 +164,28 @@ def test_ranks_with_other_kinds_of_arrays_agree_bitwise(
     ranks.assert_all_went_sparse()
 
 
+@given(kind=kinds(layouts=["contiguous"]), size=SIZES, share=shares())
+def test_a_result_in_the_gradients_place_has_the_same_bits(
+    kernels: Kernels,
+    sparsify: Any,
+    dtype: np.dtype,
+    kind: Kind,
+    size: int,
+    share: float,
+) -> None:
+    ranks, others = Ranks(size, sparsify(share)), Ranks(size, sparsify(share))
+    for step in range(3):
+        gradients = [kind.make(dtype, step, rank).copy() for rank in range(size)]
+        if step == 1 and gradients[0].size:
+            gradients[0].reshape(-1)[-1] = np.nan  # nobody applies anything
+        expected = ranks.step([kernels.array(g.copy()) for g in gradients])
+        found = others.step_in_place([kernels.array(g) for g in gradients])
+        for out, other in zip(expected, found, strict=True):
+            same_bits(other, out)
+        for own, other in zip(ranks.residuals(), others.residuals(), strict=True):
+            same_bits(other, own)
+
+
 def test_small_gradients_do_not_drift(
     kernels: Kernels, sparsify: Any, dtype: np.dtype
 ) -> None:

@@ -149,9 +149,16 @@ class CAT:
         """What is left to choose when so many were chosen last; 0 for nothing yet."""
         return Choice(self, chosen)
 
-    def select(self, residual: Array, gradient: Array, k: int, step: int) -> Selection:
+    def select(
+        self,
+        residual: Array,
+        gradient: Array,
+        k: int,
+        step: int,
+        out: Array | None = None,
+    ) -> Selection:
         """Overwrites residual with residual + gradient, the selected entries 0."""
-        return self.after(0).select(residual, gradient, k, step)
+        return self.after(0).select(residual, gradient, k, step, out)
 
     # ----------------------------------------------- exactness, which ExactCAT changes
 
@@ -160,9 +167,9 @@ class CAT:
         sizes, costs = _coarse(_hashable(self.cost), message, most)
         first = np.searchsorted(sizes, least)
         size, efficiency = self._best_of(levels, sizes[first:], costs[first:])
-        ends = np.minimum(levels.ends, most)
-        filled = np.minimum(self.cost.filled(ends, message), most)
-        falls = np.unique(np.concatenate((ends, filled)))
+        turns = np.clip(self.scheme.turns(levels), 1, most)
+        filled = np.minimum(self.cost.filled(turns, message), most)
+        falls = np.unique(np.concatenate((turns, filled, [most])))
         falls = falls[np.searchsorted(falls, least) :]
         fine, best = self._best_of(levels, falls, self.cost.of(falls, message))
         return fine if efficiency < _AS_GOOD * best else size
@@ -223,23 +230,41 @@ class Choice:
     cat: CAT
     chosen: int
 
-    def select(self, residual: Array, gradient: Array, k: int, step: int) -> Selection:
+    def select(
+        self,
+        residual: Array,
+        gradient: Array,
+        k: int,
+        step: int,
+        out: Array | None = None,
+    ) -> Selection:
         """Overwrites residual with residual + gradient, the selected entries 0."""
         if k == 0:
-            return Selection(*kernels_for(residual).select_top(residual, gradient, 0))
-        scheme = self.cat.scheme
-        if isinstance(scheme, Stochastic):
-            levels = self.cat.all_levels(residual, gradient)
-            room = most_expected(k, residual.shape[0])
-            size = self.best(levels, residual, room)
-            return scheme.draw(residual, gradient, levels.rate(size), k, step)
-        return self._largest(residual, gradient, k)
+            select_top = kernels_for(residual).select_top
+            return Selection(*select_top(residual, gradient, 0, out))
+        if not isinstance(self.cat.scheme, Stochastic):
+            return self._largest(residual, gradient, k, out)
+        selection = self._drawn(self.cat.scheme, residual, gradient, k, step)
+        if out is not None:
+            out[...] = 0
+        return selection
 
-    def _largest(self, residual: Array, gradient: Array, k: int) -> Selection:
+    def _drawn(
+        self, scheme: Stochastic, residual: Array, gradient: Array, k: int, step: int
+    ) -> Selection:
+        levels = self.cat.all_levels(residual, gradient)
+        size = self.best(levels, residual, most_expected(k, residual.shape[0]))
+        return scheme.draw(residual, gradient, levels.rate(size), k, step)
+
+    def _largest(
+        self, residual: Array, gradient: Array, k: int, out: Array | None
+    ) -> Selection:
         kernels, n = kernels_for(residual), residual.shape[0]
         most = self.bounds(n, k)[1]
         looked = min(most, self.cat.begin(n, self.chosen))
-        indices, values, nonfinite = kernels.select_some(residual, gradient, looked)
+        indices, values, nonfinite = kernels.select_some(
+            residual, gradient, looked, out
+        )
         while True:
             looked = values.shape[0]
             levels = self.cat.levels(values)

@@ -62,6 +62,9 @@ class Sparsifier(Protocol):
             gradient: (n,) floating, read only.
             k: how many elements to select.
             step: completed exchanges of this tensor, the same on every rank.
+
+        It may have a fifth parameter, `out: Array | None = None`: the gradient again,
+        writable, to be left as zeros. That saves the path a pass over its memory.
         """
         ...
 
@@ -134,25 +137,30 @@ class Kernels(Protocol):
         ...
 
     def select_top(
-        self, residual: Array, gradient: Array, k: int
+        self, residual: Array, gradient: Array, k: int, out: Array | None = None
     ) -> tuple[Array, Array, int]:
-        """Accumulate and take the k largest: indices, values, nonfinite."""
+        """Accumulate, take the k largest: indices, values, nonfinite; out becomes 0."""
         ...
 
     def select_above(
-        self, residual: Array, gradient: Array, bound: float, limit: int
+        self,
+        residual: Array,
+        gradient: Array,
+        bound: float,
+        limit: int,
+        out: Array | None = None,
     ) -> tuple[Array, Array, int]:
         """The same for entries that reach a bound, the limit largest."""
         ...
 
     def select_at(
-        self, residual: Array, gradient: Array, indices: Array
+        self, residual: Array, gradient: Array, indices: Array, out: Array | None = None
     ) -> tuple[Array, Array, int]:
         """The same for entries at given indices."""
         ...
 
     def select_some(
-        self, residual: Array, gradient: Array, k: int
+        self, residual: Array, gradient: Array, k: int, out: Array | None = None
     ) -> tuple[Array, Array, int]:
         """Accumulate and take all that reach some bound: k or a few more."""
         ...
@@ -194,7 +202,11 @@ class Kernels(Protocol):
         ...
 
     def aggregate(
-        self, out: Array, payloads: list[tuple[Array, Array]], scale: float
+        self,
+        out: Array,
+        payloads: list[tuple[Array, Array]],
+        scale: float,
+        cleared: bool = False,
     ) -> None:
         """Overwrites out with the scaled sum of payloads, rank by rank."""
         ...

@@ -93,14 +93,18 @@ class Levels:
 
     # -------------------------------------- p = min(1, rate |c|), which sum up to size
 
-    def _certain(self, sizes: Array) -> Array:
-        """How many levels have p = 1, where the p sum up to size."""
+    @cached_property
+    def limits(self) -> Array:
+        """(levels,) float64: the size from which on a level is certain: p = 1."""
         rest = self._sums[-1] - self._sums[:-1]
         with np.errstate(divide="ignore", invalid="ignore"):
-            # the size at which the next level becomes certain
             limits = self._ends[:-1] + rest / self._relative
         limits[self._relative == 0] = np.inf
-        return np.searchsorted(np.maximum.accumulate(limits), sizes)
+        return np.maximum.accumulate(limits)
+
+    def _certain(self, sizes: Array) -> Array:
+        """How many levels have p = 1, where the p sum up to size."""
+        return np.searchsorted(self.limits, sizes)
 
     def rate(self, size: int) -> float:
         """The rate of optimal probabilities, in units of 1 / |c|; inf for all."""

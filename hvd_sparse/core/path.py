@@ -14,6 +14,7 @@ disagrees becomes a `PayloadError` before its data is used.
 
 from dataclasses import dataclass, is_dataclass
 from hashlib import blake2b
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,7 @@ from hvd_sparse.kernels import kernels_for
 from hvd_sparse.kernels.reference import check_indices
 
 STATE_FORMAT = 1
+ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _NOTHING = Selection(np.empty(0, np.int32), np.empty(0, np.float32), 0)
 MOST_ELEMENTS = 2**31 - 1
 # whose selections need no check: tests prove them
@@ -69,6 +71,7 @@ class Tensor:
         sparsifier: the path's, seeded for this tensor where that matters.
         header: what travels with each payload; k is the most where `varies`.
         varies: the sparsifier chooses k from local data.
+        clears: the sparsifier can leave zeros where the gradient was.
         dense: this tensor takes the library's own allreduce.
         payload: the last one's bytes; their memory serves the next.
         in_flight: sent and not received yet.
@@ -84,19 +87,23 @@ class Tensor:
     sparsifier: Sparsifier
     header: Header
     varies: bool
+    clears: bool
     dense: bool
     payload: Bytes | None = None
     in_flight: bool = False
     latest: int = 0
     chosen: int = 0
 
-    def select(self, residual: Array, gradient: Array) -> Selection:
+    def select(self, residual: Array, gradient: Array, out: Array | None) -> Selection:
         """The sparsifier's choice; `after` tells it how many the last one was."""
         sparsifier = self.sparsifier
         if hasattr(sparsifier, "after"):
             sparsifier = sparsifier.after(self.chosen)
-        header = self.header
-        return sparsifier.select(residual, gradient, header.k, header.step)
+        asked: tuple[Any, ...] = (self.header.k, self.header.step)
+        if out is not None:
+            asked = (*asked, out)
+        selection: Selection = sparsifier.select(residual, gradient, *asked)
+        return selection
 
     def check(self, selection: Selection) -> None:
         """What a custom sparsifier may get wrong, before it becomes a payload.
@@ -137,11 +144,13 @@ class Flight:
 
     Attributes:
         indices: where every rank knows them, so that they do not travel.
+        cleared: the gradient's memory, which the result will take, is all 0.
     """
 
     tensor: Tensor
     indices: Array | None
     handle: Any
+    cleared: bool = False
 
 
 class GradientPath:
@@ -190,12 +199,14 @@ class GradientPath:
 
     # ------------------------------------------------------------------- the path
 
-    def send(self, name: str, gradient: Array) -> Flight:
+    def send(self, name: str, gradient: Array, *, in_place: bool = False) -> Flight:
         """Accumulate, select, encode, and start the exchange.
 
         Args:
             name: the tensor's, the same on every rank and in every step.
             gradient: any shape; float16, bfloat16, float32 or float64; read only.
+            in_place: `receive` will be given the gradient as out, untouched until then.
+                So it may be all 0 meanwhile, which saves a pass over its memory.
 
         Raises:
             TypeError: the gradient is not floating.
@@ -210,24 +221,25 @@ class GradientPath:
             raise ValueError(f"{name}: was sent already and not received yet")
         # accumulate and select in one pass: the residual takes the gradient and keeps
         # what is not selected
-        residual = self.memory.residual(name, gradient)
+        flat = _flat(gradient)
+        out = flat if in_place and tensor.clears and _is_flat(gradient) else None
+        selection = self._select(tensor, gradient, flat, out)
         header = tensor.header
-        selection = tensor.select(residual, _flat(gradient))
-        self._check(tensor, selection)
-        tensor.chosen = selection.indices.shape[0]
         payload, sent = encode(selection, header, tensor.payload)
         if sent is not selection.values:  # rounded on the wire: the rest is not lost
             self.memory.keep(name, selection.indices, selection.values - sent)
         tensor.payload, tensor.in_flight = payload, True
         shared = selection.indices if header.layout == VALUES_ONLY else None
-        return Flight(tensor, shared, self.exchange.start(name, payload))
+        handle = self.exchange.start(name, payload)
+        return Flight(tensor, shared, handle, cleared=out is not None)
 
     def receive(self, flight: Flight, out: Array) -> Array:
         """Finish the exchange, aggregate, and hand back.
 
         Args:
             flight: what send returned.
-            out: contiguous, of the gradient's shape and dtype; overwritten.
+            out: contiguous, of the gradient's shape and dtype; overwritten. Where send
+                was told that it works in place, the gradient.
 
         Returns:
             out: the average or sum over ranks, the same bits on every rank; NaN
@@ -270,6 +282,15 @@ class GradientPath:
 
     # ------------------------------------------------------------ stages, in detail
 
+    def _select(
+        self, tensor: Tensor, gradient: Array, flat: Array, out: Array | None
+    ) -> Selection:
+        residual = self.memory.residual(tensor.name, gradient)
+        selection = tensor.select(residual, flat, out)
+        self._check(tensor, selection)
+        tensor.chosen = selection.indices.shape[0]
+        return selection
+
     def _hand_back_sparse(self, flight: Flight, out: Array) -> None:
         payloads = self._decode(flight)
         if any(payload.nonfinite for payload in payloads):
@@ -277,7 +298,7 @@ class GradientPath:
             self._restore(flight, payloads[self.exchange.rank])
             out[...] = float("nan")
         else:
-            self._aggregate(flight.tensor, payloads, out)
+            self._aggregate(flight, payloads, out)
 
     def _check(self, tensor: Tensor, selection: Selection) -> None:
         if isinstance(tensor.sparsifier, OURS):
@@ -331,12 +352,13 @@ class GradientPath:
             indices = drawn.indices(header.n, header.k, header.step)
         return selection._replace(indices=indices)
 
-    def _aggregate(self, tensor: Tensor, payloads: list[Selection], out: Array) -> None:
+    def _aggregate(self, flight: Flight, payloads: list[Selection], out: Array) -> None:
         entries = [(payload.indices, payload.values) for payload in payloads]
+        kernels = kernels_for(out)
         try:
-            kernels_for(out).aggregate(out.reshape(-1), entries, self._scale)
+            kernels.aggregate(out.reshape(-1), entries, self._scale, flight.cleared)
         except ValueError as error:
-            raise PayloadError(f"{tensor.name}: {error}") from None
+            raise PayloadError(f"{flight.tensor.name}: {error}") from None
 
     def _hand_back_dense(self, flight: Flight, out: Array) -> None:
         """The library's own sum; averaged as the sparse one is."""
@@ -383,19 +405,8 @@ class GradientPath:
                 f"int32), got {n}; split it"
             )
         step, chosen = self._restore_loaded(name, gradient)
-        sparsifier = self.sparsifier
-        if hasattr(sparsifier, "for_rank"):
-            sparsifier = sparsifier.for_rank(self.exchange.rank)
-        if hasattr(sparsifier, "for_tensor"):
-            sparsifier = sparsifier.for_tensor(name)
-        shared = getattr(sparsifier, "shared_indices", False)
-        layout = getattr(sparsifier, "layout", VALUES_ONLY if shared else INDEXED)
-        itemsize = gradient.dtype.itemsize
-        size = self.exchange.size * self.exchange.weight
-        limit = self.dense.limit(n, dtype, itemsize, layout, size)
-        density = getattr(sparsifier, "density", None)
-        k = limit if density is None else elements(density, n)
-        least = min(1, n) if density is None else k
+        sparsifier, layout, k, dense = self._plan(name, n, dtype)
+        varies = getattr(sparsifier, "density", None) is None
         facts = (name, shape, dtype, k, layout, self.configuration)
         header = Header(layout, dtype, n, k, step, _digest(facts))
         return Tensor(
@@ -403,13 +414,36 @@ class GradientPath:
             shape,
             dtype,
             gradient.dtype,
-            itemsize,
+            gradient.dtype.itemsize,
             sparsifier,
             header,
-            varies=density is None,
-            dense=limit < least,
+            varies=varies,
+            clears="out" in signature(sparsifier.select).parameters,
+            dense=dense,
             chosen=chosen,
         )
+
+    def goes_dense(self, name: str, gradient: Array) -> bool:
+        """Whether it will, or can not go at all; nothing is remembered."""
+        n, dtype = int(np.prod(gradient.shape, dtype=np.int64)), _dtype(gradient)
+        return dtype not in DTYPES or self._plan(name, n, dtype)[3]
+
+    def _plan(self, name: str, n: int, dtype: str) -> tuple[Sparsifier, int, int, bool]:
+        """The sparsifier for this tensor, its layout, its k, whether it goes dense."""
+        sparsifier = self.sparsifier
+        if hasattr(sparsifier, "for_rank"):
+            sparsifier = sparsifier.for_rank(self.exchange.rank)
+        if hasattr(sparsifier, "for_tensor"):
+            sparsifier = sparsifier.for_tensor(name)
+        shared = getattr(sparsifier, "shared_indices", False)
+        layout = getattr(sparsifier, "layout", VALUES_ONLY if shared else INDEXED)
+        size = self.exchange.size * self.exchange.weight
+        limit = self.dense.limit(n, dtype, ITEMSIZES[dtype], layout, size)
+        density = getattr(sparsifier, "density", None)
+        if density is None:
+            return sparsifier, layout, limit, limit < min(1, n)
+        k = elements(density, n)
+        return sparsifier, layout, k, limit < k
 
     @property
     def configuration(self) -> str:
@@ -542,9 +576,15 @@ def _copy_to(out: Array, source: Any) -> None:
 def _flat(gradient: Array) -> Array:
     """(n,) contiguous and aligned: a view where that is possible."""
     if isinstance(gradient, np.ndarray):
-        ready = gradient.flags.c_contiguous and gradient.flags.aligned
-        return (gradient if ready else gradient.copy()).reshape(-1)
+        return (gradient if _is_flat(gradient) else gradient.copy()).reshape(-1)
     return gradient.contiguous().reshape(-1)
+
+
+def _is_flat(gradient: Array) -> bool:
+    """Whether `_flat` is a view of the same memory."""
+    if isinstance(gradient, np.ndarray):
+        return gradient.flags.c_contiguous and gradient.flags.aligned
+    return bool(gradient.is_contiguous())
 
 
 def _dtype(array: Array) -> str:

@@ -226,18 +226,19 @@ def padded_bytes(size: int) -> int:
     return grid
 
 
-def split(buffer: Bytes, *, padded: bool) -> list[Bytes]:
+def split(buffer: Bytes, *, each: int = 1, padded: bool) -> list[Bytes]:
     """The payloads that follow each other in what ranks gathered, rank 0 first.
 
     Args:
         buffer: at an address that is a multiple of 8.
-        padded: each takes `padded_bytes` of its size.
+        each: payloads of a rank.
+        padded: together they take `padded_bytes` of their size.
 
     Raises:
         PayloadError: these are not whole payloads; the text has the rank.
     """
     payloads: list[Bytes] = []
-    start = 0
+    start = first = 0  # of this payload, and of its rank
     while start < buffer.size:
         fields = (
             _HEADER.unpack_from(buffer.data, start)
@@ -247,8 +248,8 @@ def split(buffer: Bytes, *, padded: bool) -> list[Bytes]:
         magic, version, layout, code, _, _, k, _, _ = fields
         if (magic, version) != (_MAGIC, VERSION) or k < 0:
             raise PayloadError(
-                f"rank {len(payloads)}: format {magic!r} version {version}, expected "
-                f"{_MAGIC!r} version {VERSION}"
+                f"rank {len(payloads) // each}: format {magic!r} version {version}, "
+                f"expected {_MAGIC!r} version {VERSION}"
             )
         if layout not in LAYOUTS:
             raise PayloadError(
@@ -256,11 +257,15 @@ def split(buffer: Bytes, *, padded: bool) -> list[Bytes]:
             )
         size = payload_bytes(layout, code, k)
         payloads.append(buffer[start : start + size])
-        start += padded_bytes(size) if padded else size
+        start += size
+        if len(payloads) % each == 0:
+            start = first + padded_bytes(start - first) if padded else start
+            first = start
     if start != buffer.size:
         raise PayloadError(
-            f"rank {len(payloads) - 1}: payload of {payloads[-1].size} bytes, "
-            f"expected {start - buffer.size + payloads[-1].size}"
+            f"rank {(len(payloads) - 1) // each}: payload of "
+            f"{payloads[-1].size} bytes, expected "
+            f"{start - buffer.size + payloads[-1].size}"
         )
     return payloads
 

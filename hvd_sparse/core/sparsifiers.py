@@ -85,11 +85,22 @@ class TopK:
         """
         return levels.squares(sizes)
 
-    def select(self, residual: Array, gradient: Array, k: int, step: int) -> Selection:
+    def turns(self, levels: Levels) -> Array:
+        """Sizes at which the descent bends, so that it may be best there."""
+        return levels.ends
+
+    def select(
+        self,
+        residual: Array,
+        gradient: Array,
+        k: int,
+        step: int,
+        out: Array | None = None,
+    ) -> Selection:
         """Overwrites residual with residual + gradient, its k largest entries 0."""
         del step
         kernels = kernels_for(residual)
-        return Selection(*kernels.select_top(residual, gradient, k))
+        return Selection(*kernels.select_top(residual, gradient, k, out))
 
 
 @dataclass(frozen=True)
@@ -134,16 +145,27 @@ class SignTopK:
         descent: Array = levels.sums(sizes) ** 2 / sizes
         return descent
 
+    def turns(self, levels: Levels) -> Array:
+        """Sizes at which the descent bends, so that it may be best there."""
+        return levels.ends
+
     @staticmethod
     def alistarh() -> "SignsUntilNorm":
         """The rule of Alistarh et al., 2017, in place of a density."""
         return SignsUntilNorm()
 
-    def select(self, residual: Array, gradient: Array, k: int, step: int) -> Selection:
+    def select(
+        self,
+        residual: Array,
+        gradient: Array,
+        k: int,
+        step: int,
+        out: Array | None = None,
+    ) -> Selection:
         """Overwrites residual with residual + gradient, its k largest entries 0."""
         del step
         kernels = kernels_for(residual)
-        return Selection(*kernels.select_top(residual, gradient, k))
+        return Selection(*kernels.select_top(residual, gradient, k, out))
 
 
 @dataclass(frozen=True)
@@ -157,12 +179,19 @@ class SignsUntilNorm:
 
     layout = SIGNS
 
-    def select(self, residual: Array, gradient: Array, k: int, step: int) -> Selection:
+    def select(
+        self,
+        residual: Array,
+        gradient: Array,
+        k: int,
+        step: int,
+        out: Array | None = None,
+    ) -> Selection:
         """Overwrites residual with residual + gradient, the selected entries 0."""
         del step
         kernels = kernels_for(residual)
         k = min(k, math.isqrt(residual.shape[0]) + 1)
-        indices, values, nonfinite = kernels.select_top(residual, gradient, k)
+        indices, values, nonfinite = kernels.select_top(residual, gradient, k, out)
         magnitudes = kernels.largest_first(values)
         unit = magnitudes.max(initial=0.0) or 1.0  # so that no sum is out of range
         magnitudes /= unit
@@ -208,11 +237,18 @@ class RandomK:
         """(k,) int32 ascending, distinct: the draw of this step."""
         return host.random_indices(n, k, digest(self.seed, step))
 
-    def select(self, residual: Array, gradient: Array, k: int, step: int) -> Selection:
+    def select(
+        self,
+        residual: Array,
+        gradient: Array,
+        k: int,
+        step: int,
+        out: Array | None = None,
+    ) -> Selection:
         """Overwrites residual with residual + gradient, the entries drawn 0."""
         indices = self.indices(residual.shape[0], k, step)
         kernels = kernels_for(residual)
-        return Selection(*kernels.select_at(residual, gradient, indices))
+        return Selection(*kernels.select_at(residual, gradient, indices, out))
 
 
 @dataclass(frozen=True)
@@ -239,8 +275,15 @@ class Threshold:
         if not 0 < self.value < math.inf:
             raise ValueError(f"value must be positive and finite, got {self.value}")
 
-    def select(self, residual: Array, gradient: Array, k: int, step: int) -> Selection:
+    def select(
+        self,
+        residual: Array,
+        gradient: Array,
+        k: int,
+        step: int,
+        out: Array | None = None,
+    ) -> Selection:
         """Overwrites residual with residual + gradient, the selected entries 0."""
         del step
         kernels = kernels_for(residual)
-        return Selection(*kernels.select_above(residual, gradient, self.value, k))
+        return Selection(*kernels.select_above(residual, gradient, self.value, k, out))

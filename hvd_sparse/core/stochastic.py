@@ -65,6 +65,12 @@ class Stochastic:
         moments = levels.second_moments(sizes)
         return 1 / np.where(moments > 0, moments, np.inf)
 
+    def turns(self, levels: Levels) -> Array:
+        """Sizes at which the descent bends, so that it may be best there."""
+        limits = levels.limits[np.isfinite(levels.limits)]
+        turns = np.concatenate((np.floor(limits), np.ceil(limits)))
+        return np.minimum(turns, levels.ends[-1]).astype(np.int64)
+
     def select(self, residual: Array, gradient: Array, k: int, step: int) -> Selection:
         """Overwrites residual with 0; see draw."""
         levels = self.levels(residual, gradient)

@@ -25,10 +25,12 @@ def zeros_like(gradient: Tensor) -> Tensor:
     return torch.zeros(gradient.numel(), dtype=dtype, device=gradient.device)
 
 
-def _accumulate(residual: Tensor, gradient: Tensor) -> Tensor:
+def _accumulate(residual: Tensor, gradient: Tensor, out: Tensor | None) -> Tensor:
     total = residual + gradient.to(residual.dtype)
     finite = total.isfinite()
     residual.copy_(torch.where(finite, total, residual))
+    if out is not None:
+        out.zero_()
     return finite.logical_not().sum()
 
 
@@ -48,26 +50,34 @@ def _largest(magnitude: Tensor, k: int) -> Tensor:
     return above | (equal & (equal.cumsum(0) <= k - above.sum()))
 
 
-def select_top(residual: Tensor, gradient: Tensor, k: int) -> Selected:
+def select_top(
+    residual: Tensor, gradient: Tensor, k: int, out: Tensor | None = None
+) -> Selected:
     """Overwrites residual with residual + gradient less its k largest entries."""
-    nonfinite = _accumulate(residual, gradient)
+    nonfinite = _accumulate(residual, gradient, out)
     return *_take(residual, _largest(residual.abs(), k)), int(nonfinite)
 
 
 def select_above(
-    residual: Tensor, gradient: Tensor, bound: float, limit: int
+    residual: Tensor,
+    gradient: Tensor,
+    bound: float,
+    limit: int,
+    out: Tensor | None = None,
 ) -> Selected:
     """As select_top, for entries of magnitude >= bound, at most the limit largest."""
-    nonfinite = _accumulate(residual, gradient)
+    nonfinite = _accumulate(residual, gradient, out)
     magnitude = residual.abs()
     least = torch.tensor(bound, dtype=residual.dtype, device=residual.device)
     chosen = (magnitude >= least) & _largest(magnitude, limit)
     return *_take(residual, chosen), int(nonfinite)
 
 
-def select_at(residual: Tensor, gradient: Tensor, indices: Any) -> Selected:
+def select_at(
+    residual: Tensor, gradient: Tensor, indices: Any, out: Tensor | None = None
+) -> Selected:
     """As select_top, for the entries at the given ascending int32 host indices."""
-    nonfinite = _accumulate(residual, gradient)
+    nonfinite = _accumulate(residual, gradient, out)
     places = torch.as_tensor(indices, device=residual.device)
     values = residual[places]
     residual[places] = 0
@@ -112,13 +122,13 @@ def count_magnitudes(values: Tensor) -> Any:
 def count_sums(residual: Tensor, gradient: Tensor) -> Any:
     """The same of residual + gradient; reads both, writes neither."""
     total = residual.clone()
-    _accumulate(total, gradient)
+    _accumulate(total, gradient, None)
     return count_magnitudes(total)
 
 
 def draw(residual: Tensor, gradient: Tensor, rate: float, seed: int) -> Selected:
     """Overwrites residual with 0: each entry c is drawn with p, and sent as c / p."""
-    nonfinite = _accumulate(residual, gradient)
+    nonfinite = _accumulate(residual, gradient, None)
     chances = residual.abs() * torch.tensor(rate, dtype=residual.dtype)
     uniform = _uniform(residual.numel(), seed, residual.device)
     drawn = (uniform < chances).nonzero().flatten()
@@ -152,7 +162,12 @@ def add_at(residual: Tensor, indices: Tensor, values: Tensor) -> None:
     residual[places] += torch.as_tensor(values, device=residual.device)
 
 
-def aggregate(out: Tensor, payloads: list[tuple[Any, Any]], scale: float) -> None:
+def aggregate(
+    out: Tensor,
+    payloads: list[tuple[Any, Any]],
+    scale: float,
+    cleared: bool = False,
+) -> None:
     """Overwrites out with scale * (payload_0 + payload_1 + ...), rank by rank.
 
     The indices of one payload are distinct, so no two additions meet and the order of
@@ -161,7 +176,10 @@ def aggregate(out: Tensor, payloads: list[tuple[Any, Any]], scale: float) -> Non
     for indices, _ in payloads:
         if not isinstance(indices, Tensor):  # what this rank drew itself needs no check
             check_indices(indices, out.numel())
-    total = out.zero_() if out.dtype.itemsize > 2 else zeros_like(out)
+    if out.dtype.itemsize > 2:
+        total = out if cleared else out.zero_()
+    else:
+        total = zeros_like(out)
     for indices, values in payloads:
         add_at(total, indices, values)
     out.copy_(total.mul_(torch.tensor(scale, dtype=total.dtype, device=total.device)))

@@ -10,6 +10,9 @@ How exact TopK costs about as much as the addition it follows:
    cut back to the k largest so far and the bound rises; if fewer than k turn up, the
    residual is scanned again with a lower bound.
 
+Where the result will take the gradient's place, pass 2 leaves zeros there while it has
+the gradient in cache: the result is then a few additions, and no pass of its own.
+
 The sample decides the time, never the result, which is the same for every estimate,
 every thread count and every processor.
 """
@@ -44,8 +47,10 @@ _DIRECT = 4096  # up to this size every element is a candidate: sampling costs m
 _CHUNK = 1 << 14  # elements of the handed-back gradient finished while in cache
 _RUN = 32  # elements sampled side by side: two cache lines arrive together
 _STRETCH = 8192  # elements accumulated before their hits are looked at, in L1
+_BLOCKS = _CHUNK // LANES  # of a chunk; those that an entry falls into are scaled
 # added, it leaves every residual as it is, -0.0 included
 _NOTHING = {4: np.full(LANES, -0.0, np.float32), 8: np.full(LANES, -0.0)}
+_NO_OUT = {char: np.empty(0, char) for char in "hHfd"}
 
 
 # --------------------------------------------------------------------- exact finish
@@ -154,6 +159,8 @@ def _compact(
     residual: Any,
     gradient: Any,
     stride: int,
+    out: Any,
+    out_stride: int,
     first: int,
     stop: int,
     bound: Any,
@@ -165,6 +172,7 @@ def _compact(
 
     Candidates reach the bound; they move to the buffers while still in cache. With
     stride 0 the gradient is 16 times -0.0, which leaves every residual as it is.
+    out[first:stop], which may be the gradient, becomes 0; with out_stride 0 it stays.
 
     Returns how many candidates there are and how many sums were not finite.
     """
@@ -176,6 +184,7 @@ def _compact(
     for low in range(first, stop, _STRETCH):
         high = min(low + _STRETCH, stop)
         noted = _accumulate(residual, gradient, stride, low, high, bound, blocks, masks)
+        out[low * out_stride : high * out_stride] = 0
         for note in range(noted):
             if count > capacity:
                 bound = _keep_largest(residual, indices, values, count, limit)
@@ -229,7 +238,13 @@ def _estimate(residual: Any, gradient: Any, stride: int, k: int, wide: int) -> A
 
 @_jit
 def _select_top(
-    residual: Any, gradient: Any, nothing: Any, k: int, indices: Any, values: Any
+    residual: Any,
+    gradient: Any,
+    out: Any,
+    nothing: Any,
+    k: int,
+    indices: Any,
+    values: Any,
 ) -> Any:
     """Overwrites residual with residual + gradient less its k largest entries.
 
@@ -238,13 +253,18 @@ def _select_top(
     Returns how many sums were not finite; the entries are the first k of the buffers.
     """
     n = residual.size
+    stride = int(out.size == n)  # an empty one stays as it is
     bound = _estimate(residual, gradient, 1, k, 1)
-    count, nonfinite = _compact(residual, gradient, 1, 0, n, bound, k, indices, values)
+    count, nonfinite = _compact(
+        residual, gradient, 1, out, stride, 0, n, bound, k, indices, values
+    )
     wide = 4
     while count < k:  # the sums are in the residual now: scan it again, adding nothing
         _add_at(residual, indices[:count], values[:count])
         bound = _estimate(residual, nothing, 0, k, wide)
-        count, _ = _compact(residual, nothing, 0, 0, n, bound, k, indices, values)
+        count, _ = _compact(
+            residual, nothing, 0, out, 0, 0, n, bound, k, indices, values
+        )
         wide = n  # then every element is a candidate
     if count > k:
         _keep_largest(residual, indices, values, count, k)
@@ -271,6 +291,11 @@ def _lane_view(gradient: Array) -> Array:
     return gradient.view(np.int16 if gradient.dtype == np.float16 else np.uint16)
 
 
+def _cleared_view(out: Array | None, lanes: Array) -> Array:
+    """What is to be cleared as its bit patterns; an empty array for nothing."""
+    return _NO_OUT[lanes.dtype.char] if out is None else _lane_view(out)
+
+
 def _buffers(residual: Array, size: int, limit: int) -> tuple[Array, Array]:
     """Room for the candidates among so many elements."""
     room = min(size, 2 * limit + _SPARE) + LANES
@@ -278,10 +303,11 @@ def _buffers(residual: Array, size: int, limit: int) -> tuple[Array, Array]:
 
 
 def _candidates(
-    residual: Array, gradient: Array, stride: int, bound: Any, limit: int
+    residual: Array, gradient: Array, out: Array, stride: int, bound: Any, limit: int
 ) -> Selected:
-    """One pass over memory: accumulate, and collect what reaches the bound."""
+    """One pass over memory: accumulate, clear, and collect what reaches the bound."""
     size = residual.size
+    out_stride = int(out.size == size)
 
     def one_part(first: int, stop: int) -> Selected:
         indices, values = _buffers(residual, stop - first, limit)
@@ -289,6 +315,8 @@ def _candidates(
             residual,
             gradient,
             stride,
+            out,
+            out_stride,
             first,
             stop,
             bound,
@@ -322,50 +350,64 @@ def zeros_like(gradient: Array) -> Array:
     return np.zeros(gradient.size, np.float64 if wide else np.float32)
 
 
-def select_top(residual: Array, gradient: Array, k: int) -> Selected:
+def select_top(
+    residual: Array, gradient: Array, k: int, out: Array | None = None
+) -> Selected:
     """Overwrites residual with residual + gradient less its k largest entries.
 
     Args:
         residual: (n,) float32 or float64, contiguous.
         gradient: (n,) contiguous; the residual's dtype, or 16-bit for float32.
         k: in [0, n].
+        out: (n,) of the gradient's dtype, becomes 0 on the way; may be the gradient.
 
     Returns:
         indices (k,) int32 ascending, values (k,) of the residual's dtype, and the
         number of elements whose sum was not finite: they kept their residual.
     """
     lanes = _lane_view(gradient)
+    cleared = _cleared_view(out, lanes)
     nothing = _NOTHING[residual.dtype.itemsize]
     if len(parts(residual.size, LANES)) == 1:
         indices, values = _buffers(residual, residual.size, k)
-        nonfinite = _select_top(residual, lanes, nothing, k, indices, values)
+        nonfinite = _select_top(residual, lanes, cleared, nothing, k, indices, values)
         return indices[:k], values[:k], nonfinite
     bound = _estimate(residual, lanes, 1, k, 1)
-    indices, values, nonfinite = _candidates(residual, lanes, 1, bound, k)
+    indices, values, nonfinite = _candidates(residual, lanes, cleared, 1, bound, k)
+    kept = _cleared_view(None, lanes)
     for wide in (4, residual.size):
         if indices.size >= k:
             break
         _add_at(residual, indices, values)
         bound = _estimate(residual, nothing, 0, k, wide)
-        indices, values, _ = _candidates(residual, nothing, 0, bound, k)
+        indices, values, _ = _candidates(residual, nothing, kept, 0, bound, k)
     return *_cut(residual, indices, values, k), nonfinite
 
 
 def select_above(
-    residual: Array, gradient: Array, bound: float, limit: int
+    residual: Array,
+    gradient: Array,
+    bound: float,
+    limit: int,
+    out: Array | None = None,
 ) -> Selected:
     """As select_top, for entries of magnitude >= bound, at most the limit largest."""
     lanes = _lane_view(gradient)
+    cleared = _cleared_view(out, lanes)
     with np.errstate(over="ignore"):  # beyond the residual's range nothing reaches it
         least = residual.dtype.type(bound)
-    indices, values, nonfinite = _candidates(residual, lanes, 1, least, limit)
+    indices, values, nonfinite = _candidates(residual, lanes, cleared, 1, least, limit)
     return *_cut(residual, indices, values, limit), nonfinite
 
 
-def select_at(residual: Array, gradient: Array, indices: Array) -> Selected:
+def select_at(
+    residual: Array, gradient: Array, indices: Array, out: Array | None = None
+) -> Selected:
     """As select_top, for the entries at the given ascending int32 indices."""
+    lanes = _lane_view(gradient)
+    cleared = _cleared_view(out, lanes)
     none = residual.dtype.type(np.inf)
-    _, _, nonfinite = _candidates(residual, _lane_view(gradient), 1, none, 0)
+    _, _, nonfinite = _candidates(residual, lanes, cleared, 1, none, 0)
     values = np.empty(indices.size, residual.dtype)
     _take_at(residual, indices, values)
     return indices, values, nonfinite
@@ -393,7 +435,14 @@ def _lower_bound(indices: Any, index: int) -> int:
 
 @_jit
 def _aggregate(
-    out: Any, offset: int, first: int, stop: int, table: Any, like: Any, scale: Any
+    out: Any,
+    offset: int,
+    first: int,
+    stop: int,
+    table: Any,
+    like: Any,
+    scale: Any,
+    cleared: bool,
 ) -> int:
     """Overwrites out with the scaled sum of all payloads' entries in [first, stop).
 
@@ -406,10 +455,12 @@ def _aggregate(
     for rank in range(ranks):
         indices = carray(pointer_to(table[rank, 0], like), (table[rank, 2],))
         cursors[rank] = _lower_bound(indices, first)
+    touched = np.zeros(_BLOCKS, np.bool_)
     for low in range(first, stop, _CHUNK):
         high = min(low + _CHUNK, stop)
-        out[low - offset : high - offset] = 0
-        touched = False
+        before = taken
+        if not cleared:
+            out[low - offset : high - offset] = 0
         for rank in range(ranks):
             count = table[rank, 2]
             indices = carray(pointer_to(table[rank, 0], like), (count,))
@@ -419,14 +470,23 @@ def _aggregate(
             while cursor < count and last < indices[cursor] < high:
                 last = indices[cursor]
                 out[last - offset] += values[cursor]
+                touched[(last - low) // LANES] = True
                 cursor += 1
-            touched |= cursor > cursors[rank]
             taken += cursor - cursors[rank]
             cursors[rank] = cursor
-        if touched and scale != 1:
-            for i in range(low - offset, high - offset):
-                out[i] *= scale
+        if taken > before and scale != 1:
+            _scale_blocks(out[low - offset : high - offset], touched, scale)
     return taken
+
+
+@_jit
+def _scale_blocks(out: Any, touched: Any, scale: Any) -> None:
+    """Scales the blocks of 16 that were touched, and forgets that they were."""
+    for block in range(touched.size):
+        if touched[block]:
+            touched[block] = False
+            for i in range(block * LANES, min((block + 1) * LANES, out.size)):
+                out[i] *= scale
 
 
 def _address(array: Array) -> int:
@@ -436,13 +496,19 @@ def _address(array: Array) -> int:
 _INDICES = np.empty(0, np.int32)
 
 
-def aggregate(out: Array, payloads: list[tuple[Array, Array]], scale: float) -> None:
+def aggregate(
+    out: Array,
+    payloads: list[tuple[Array, Array]],
+    scale: float,
+    cleared: bool = False,
+) -> None:
     """Overwrites out with scale * (payload_0 + payload_1 + ...), rank by rank.
 
     Args:
         out: (n,) contiguous, of the gradient's dtype; every element is written.
         payloads: per rank, ascending int32 indices and values of the residual's dtype.
         scale: 1/P for the average, 1 for the sum; rounded to the values' dtype.
+        cleared: out is all 0 already, so that only the entries need be written.
 
     Raises:
         ValueError: some indices are not ascending in [0, n).
@@ -450,7 +516,10 @@ def aggregate(out: Array, payloads: list[tuple[Array, Array]], scale: float) -> 
     table = np.array(
         [[_address(i), _address(v), i.size] for i, v in payloads], np.int64
     )
-    taken = (_sum_wide if out.dtype.itemsize > 2 else _sum_narrow)(out, table, scale)
+    if out.dtype.itemsize > 2:
+        taken = _sum_wide(out, table, scale, cleared)
+    else:
+        taken = _sum_narrow(out, table, scale)
     given = int(table[:, 2].sum())
     if taken != given:
         raise ValueError(
@@ -458,11 +527,11 @@ def aggregate(out: Array, payloads: list[tuple[Array, Array]], scale: float) -> 
         )
 
 
-def _sum_wide(out: Array, table: Array, scale: float) -> int:
+def _sum_wide(out: Array, table: Array, scale: float, cleared: bool) -> int:
     factor = out.dtype.type(scale)
 
     def one_part(first: int, stop: int) -> int:
-        return int(_aggregate(out, 0, first, stop, table, _INDICES, factor))
+        return int(_aggregate(out, 0, first, stop, table, _INDICES, factor, cleared))
 
     return sum(run_parts(one_part, parts(out.size, _CHUNK)))
 
@@ -474,7 +543,9 @@ def _sum_narrow(out: Array, table: Array, scale: float) -> int:
     taken = 0
     for low in range(0, out.size, piece):
         high = min(low + piece, out.size)
-        taken += _aggregate(sums, low, low, high, table, _INDICES, np.float32(scale))
+        taken += _aggregate(
+            sums, low, low, high, table, _INDICES, np.float32(scale), False
+        )
         with np.errstate(over="ignore"):  # beyond float16 is inf, as in any cast
             out[low:high] = sums[: high - low]
     return taken
@@ -542,12 +613,15 @@ def largest_first(values: Array) -> Array:
     return np.sort(np.abs(values)).astype(np.float64)[::-1]
 
 
-def select_some(residual: Array, gradient: Array, k: int) -> Selected:
+def select_some(
+    residual: Array, gradient: Array, k: int, out: Array | None = None
+) -> Selected:
     """As select_top, for all that reach some bound: k, or up to 2 k and a few."""
-    bound = _estimate(residual, _lane_view(gradient), 1, k, 1)
+    lanes = _lane_view(gradient)
+    bound = _estimate(residual, lanes, 1, k, 1)
     if bound == 0:  # all reach it
-        return select_top(residual, gradient, k)
-    found = _all_above(residual, _lane_view(gradient), 1, bound, k)
+        return select_top(residual, gradient, k, out)
+    found = _all_above(residual, lanes, _cleared_view(out, lanes), 1, bound, k)
     if found[0].size < k:
         _add_at(residual, *found[:2])
         return *select_again(residual, k), found[2]
@@ -557,26 +631,27 @@ def select_some(residual: Array, gradient: Array, k: int) -> Selected:
 def select_again(residual: Array, k: int) -> tuple[Array, Array]:
     """As select_some, with nothing to add."""
     nothing = _NOTHING[residual.dtype.itemsize]
+    kept, zero = _cleared_view(None, nothing), residual.dtype.type(0)
     for wide in (1, 4):
         bound = _estimate(residual, nothing, 0, k, wide)
         if bound == 0:
             break
-        indices, values, _ = _all_above(residual, nothing, 0, bound, k)
+        indices, values, _ = _all_above(residual, nothing, kept, 0, bound, k)
         if indices.size >= k:
             return indices, values
         _add_at(residual, indices, values)
-    indices, values, _ = _candidates(residual, nothing, 0, residual.dtype.type(0), k)
+    indices, values, _ = _candidates(residual, nothing, kept, 0, zero, k)
     return _cut(residual, indices, values, k)
 
 
 def _all_above(
-    residual: Array, gradient: Array, stride: int, bound: Any, k: int
+    residual: Array, gradient: Array, out: Array, stride: int, bound: Any, k: int
 ) -> Selected:
     """All that reach the bound, whatever the number of threads; k of far too many.
 
     The buffers have room for everything, but only what is used of them is memory.
     """
-    found = _candidates(residual, gradient, stride, bound, residual.size)
+    found = _candidates(residual, gradient, out, stride, bound, residual.size)
     if found[0].size > 2 * k + _SPARE:
         return *_cut(residual, *found[:2], k), found[2]
     return found

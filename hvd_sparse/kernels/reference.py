@@ -20,11 +20,13 @@ def zeros_like(gradient: Array) -> Array:
     return np.zeros(gradient.size, np.float64 if wide else np.float32)
 
 
-def _accumulate(residual: Array, gradient: Array) -> int:
+def _accumulate(residual: Array, gradient: Array, out: Array | None) -> int:
     with np.errstate(over="ignore", invalid="ignore"):
         total = residual + gradient.astype(residual.dtype)
     finite = np.isfinite(total)
     residual[finite] = total[finite]
+    if out is not None:
+        out[...] = 0
     return int(residual.size - np.count_nonzero(finite))
 
 
@@ -40,26 +42,34 @@ def _largest_first(residual: Array) -> Array:
     return np.argsort(-np.abs(residual), kind="stable")
 
 
-def select_top(residual: Array, gradient: Array, k: int) -> Selected:
+def select_top(
+    residual: Array, gradient: Array, k: int, out: Array | None = None
+) -> Selected:
     """Overwrites residual with residual + gradient less its k largest entries."""
-    nonfinite = _accumulate(residual, gradient)
+    nonfinite = _accumulate(residual, gradient, out)
     return *_take(residual, _largest_first(residual)[:k]), nonfinite
 
 
 def select_above(
-    residual: Array, gradient: Array, bound: float, limit: int
+    residual: Array,
+    gradient: Array,
+    bound: float,
+    limit: int,
+    out: Array | None = None,
 ) -> Selected:
     """As select_top, for entries of magnitude >= bound, at most the limit largest."""
-    nonfinite = _accumulate(residual, gradient)
+    nonfinite = _accumulate(residual, gradient, out)
     chosen = _largest_first(residual)[:limit]
     with np.errstate(over="ignore"):
         reach = np.abs(residual[chosen]) >= residual.dtype.type(bound)
     return *_take(residual, chosen[reach]), nonfinite
 
 
-def select_at(residual: Array, gradient: Array, indices: Array) -> Selected:
+def select_at(
+    residual: Array, gradient: Array, indices: Array, out: Array | None = None
+) -> Selected:
     """As select_top, for the entries at the given indices."""
-    nonfinite = _accumulate(residual, gradient)
+    nonfinite = _accumulate(residual, gradient, out)
     return *_take(residual, indices), nonfinite
 
 
@@ -102,13 +112,13 @@ def count_magnitudes(values: Array) -> Array:
 def count_sums(residual: Array, gradient: Array) -> Array:
     """The same of residual + gradient; reads both, writes neither."""
     total = residual.copy()
-    _accumulate(total, gradient)
+    _accumulate(total, gradient, None)
     return count_magnitudes(total)
 
 
 def draw(residual: Array, gradient: Array, rate: float, seed: int) -> Selected:
     """Overwrites residual with 0: each entry c is drawn with p, and sent as c / p."""
-    nonfinite = _accumulate(residual, gradient)
+    nonfinite = _accumulate(residual, gradient, None)
     with np.errstate(over="ignore"):
         chances = np.abs(residual) * residual.dtype.type(rate)
     drawn = np.flatnonzero(_uniform(residual.size, seed) < chances)
@@ -133,8 +143,14 @@ def add_at(residual: Array, indices: Array, values: Array) -> None:
     residual[indices] += values
 
 
-def aggregate(out: Array, payloads: list[tuple[Array, Array]], scale: float) -> None:
+def aggregate(
+    out: Array,
+    payloads: list[tuple[Array, Array]],
+    scale: float,
+    cleared: bool = False,
+) -> None:
     """Overwrites out with scale * (payload_0 + payload_1 + ...), rank by rank."""
+    del cleared
     for indices, _ in payloads:
         check_indices(indices, out.size)
     total = zeros_like(out)

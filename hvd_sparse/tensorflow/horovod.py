@@ -39,7 +39,7 @@ from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.tensorflow.buffers import Buffers
 from hvd_sparse.tensorflow.states import as_tensors
-from hvd_sparse.watchdog import Watchdog, blocked_in
+from hvd_sparse.watchdog import Watchdog
 
 Array = npt.NDArray[Any]
 Tensor = Any  # tf.Tensor: TensorFlow has no types
@@ -137,7 +137,8 @@ class SparseCompressor:
             timeout_s,
             rank=hvd.rank,
             shutdown=hvd.shutdown,
-            blocked=_in_tensorflow,
+            # the graph gathers at once what was sent, so nobody else is waited for
+            waiting=hvd.is_initialized,
         )
         weakref.finalize(self, self._watchdog.stop)
 
@@ -218,6 +219,7 @@ class SparseCompressor:
                 self._path.receive(flight, out)
             except BaseException as error:
                 self._path.recall(flight)
+                self._watchdog.forget()  # the rest of the graph will not run
                 if self._watchdog.gave_up:
                     raise ExchangeError(self._watchdog.gave_up) from error
                 raise
@@ -404,14 +406,3 @@ def _caller_of(compressor: SparseCompressor) -> dict[str, Any]:
             break
         frame = frame.f_back
     return {}
-
-
-def _in_tensorflow() -> bool:
-    """Whether a thread runs a graph, or an operation, and waits for it."""
-    return any(
-        blocked_in(file, function)
-        for file, function in (
-            ("tensorflow/python/eager/execute.py", "quick_execute"),
-            ("tensorflow/python/client/session.py", "_call_tf_sessionrun"),
-        )
-    )

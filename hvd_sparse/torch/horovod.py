@@ -12,53 +12,37 @@
 Horovod calls `compress` with a gradient, reduces what it returns, and calls
 `decompress` with the result. So `compress` sends the gradient on its path and returns
 two numbers for Horovod to reduce, and `decompress` receives it. From what became of the
-two numbers it learns the op, which Horovod does not tell.
+two numbers it learns the op, which Horovod does not tell. Meanwhile the gradient, whose
+place the result will take, is all zeros.
 """
 
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from hvd_sparse.carriers import Carrier, Embedded, Gathered, embed, extract
-from hvd_sparse.core.contracts import (
-    Average,
-    ExchangeError,
-    Op,
-    PayloadError,
-    Sparsifier,
-    Sum,
-)
+from hvd_sparse.carriers import Carrier, Embedded, Gathered
+from hvd_sparse.core.contracts import Average, ExchangeError, Op, Sparsifier
 from hvd_sparse.core.path import Flight, GradientPath
-from hvd_sparse.core.payload import padded_bytes, split
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.torch import elastic
+from hvd_sparse.torch.exchanges import (
+    EmbeddedExchange,
+    GatheredExchange,
+    horovod,
+    waits_for_peers,
+)
 from hvd_sparse.torch.names import ParameterNames, find_caller
 from hvd_sparse.torch.states import as_tensors, viewed
-from hvd_sparse.watchdog import Watchdog, blocked_in
+from hvd_sparse.watchdog import Watchdog
 
-Array = npt.NDArray[Any]
 Tensor = torch.Tensor
 
 _REDUCIBLE = (torch.float16, torch.float32, torch.float64)  # by Horovod 0.28.1
-
-
-def _horovod() -> Any:
-    """horovod.torch, imported at first use."""
-    try:
-        import horovod.torch as hvd
-    except ImportError as error:
-        raise ImportError(
-            "SparseCompressor needs Horovod with PyTorch: launch/build-horovod builds "
-            "it; without Horovod use hvd_sparse.torch.DistributedOptimizer"
-        ) from error
-    return hvd
 
 
 class Context(NamedTuple):
@@ -68,18 +52,20 @@ class Context(NamedTuple):
         name: of its parameter.
         gradient: what Horovod gave; the result is written into it.
         flight: None where the gradient itself is reduced by Horovod.
+        version: of the gradient; another one means that somebody wrote into it.
     """
 
     name: str
     gradient: Tensor
     flight: Flight | None
+    version: int
 
 
 class SparseCompressor:
     """Sends what is worth it of each gradient; for `compression=` of Horovod.
 
     One compressor serves one optimizer. With a single process Horovod calls no
-    compressor, and training is dense.
+    compressor, and training is dense; in elastic training it calls one all the same.
     """
 
     def __init__(
@@ -129,10 +115,10 @@ class SparseCompressor:
             )
         self.op = op
         self._process_set = process_set
-        self._carrier: _EmbeddedExchange | _GatheredExchange = (
-            _EmbeddedExchange(self._group)
+        self._carrier: EmbeddedExchange | GatheredExchange = (
+            EmbeddedExchange(self._group)
             if isinstance(exchange, Embedded)
-            else _GatheredExchange(self._group, prefix, padded=not fixed)
+            else GatheredExchange(self._group, prefix, padded=not fixed)
         )
         expected = Average if op is None else op
         self._path = GradientPath(sparsifier, self._carrier, op=expected, dense=dense)
@@ -140,17 +126,18 @@ class SparseCompressor:
             self._path.op_name = "the optimizer's"
         self._names = ParameterNames(named_parameters)
         self._flights: dict[str, Flight] = {}
+        self._planned = False
         self._optimizer: weakref.ref[Any] | None = None
         self._shutdown = elastic.Shutdown()
         self._lock = threading.RLock()  # hooks run in several autograd threads
         self._watchdog = Watchdog(
             timeout_s,
-            rank=lambda: _horovod().rank(),
+            rank=lambda: horovod().rank(),
             shutdown=self._shutdown,
-            blocked=partial(blocked_in, "horovod/torch/mpi_ops.py", "synchronize"),
+            waiting=waits_for_peers,
         )
         weakref.finalize(self, self._watchdog.stop)
-        _horovod()
+        horovod()
         elastic.register(SparseCompressor)
 
     def __repr__(self) -> str:
@@ -180,6 +167,8 @@ class SparseCompressor:
             if not self._shutdown.recovers:
                 self._shutdown.recovers = elastic.covers(self)
             name = self._names.find(tensor, caller)
+            if caller is not None and not self._planned:
+                self._plan(caller.optimizer)
             return self._send(name, tensor)
 
     def decompress(self, tensor: Tensor, ctx: Context | None) -> Tensor:
@@ -204,17 +193,32 @@ class SparseCompressor:
 
     # ---------------------------------------------------------------------- there
 
+    def _plan(self, optimizer: Any) -> None:
+        """Which tensors travel together; from facts that all ranks share."""
+        names = self._names.of(optimizer)
+        self._carrier.plan(
+            {
+                names[p]: p.numel() * p.element_size()
+                for p in optimizer._requires_update
+                if p in names and not self._path.goes_dense(names[p], p)
+            }
+        )
+        self._planned = True
+
     def _send(self, name: str, gradient: Tensor) -> tuple[Tensor, Context]:
-        known = self._path.admit(name, viewed(gradient))
+        array = viewed(gradient)
+        known = self._path.admit(name, array)
         step = known.header.step
         if known.dense:
             self._watchdog.sent(name, step)
-            return self._send_dense(name, gradient), Context(name, gradient, None)
+            return self._send_dense(name, gradient), Context(name, gradient, None, 0)
         if known.in_flight:  # its result was never asked for: a step was given up
             self._path.recall(self._flights[name])
-        flight = self._flights[name] = self._path.send(name, viewed(gradient))
+        flight = self._path.send(name, array, in_place=True)
+        self._flights[name] = flight
         self._watchdog.sent(name, step)
-        return self._carrier.to_reduce(flight.handle), Context(name, gradient, flight)
+        context = Context(name, gradient, flight, gradient._version)
+        return self._carrier.to_reduce(flight.handle), context
 
     def _send_dense(self, name: str, gradient: Tensor) -> Tensor:
         """The gradient as Horovod can reduce it, with what may still wait of it."""
@@ -234,6 +238,8 @@ class SparseCompressor:
             if gradient.is_contiguous()
             else torch.empty_like(gradient, memory_format=torch.contiguous_format)
         )
+        if gradient._version != ctx.version:
+            flight = replace(flight, cleared=False)
         try:
             self._path.op = self._found(self._carrier.reduced(flight.handle, reduced))
             self._path.receive(flight, viewed(out))
@@ -274,7 +280,7 @@ class SparseCompressor:
 
     def _group(self) -> Any:
         if self._process_set is None:
-            return _horovod().global_process_set
+            return horovod().global_process_set
         return self._process_set
 
     def _check_optimizer(self, optimizer: Any) -> None:
@@ -334,124 +340,8 @@ class SparseCompressor:
 
     def _forget_flights(self) -> None:
         self._flights.clear()
+        self._carrier.forget()
+        self._planned = False  # routes depend on the number of ranks
         self._watchdog.forget()
         self._shutdown.wait()
         self._watchdog.gave_up = ""
-
-
-class _HorovodExchange:
-    """What both ways of carrying payloads through Horovod share."""
-
-    def __init__(self, group: Any) -> None:
-        """Args: group: returns the process set; sizes change in elastic training."""
-        self._group = group
-
-    @property
-    def rank(self) -> int:
-        return int(self._group().rank())
-
-    @property
-    def size(self) -> int:
-        return int(self._group().size())
-
-    def start_dense(self, name: str, gradient: Array) -> Any:
-        raise NotImplementedError("Horovod reduces dense tensors itself")
-
-    def finish_dense(self, handle: Any) -> tuple[Array, int]:
-        raise NotImplementedError("Horovod reduces dense tensors itself")
-
-
-class _GatheredExchange(_HorovodExchange):
-    """An allgather for each payload; Horovod reduces two numbers beside it."""
-
-    weight = 1
-    uneven = False
-
-    def __init__(self, group: Any, prefix: str, *, padded: bool) -> None:
-        super().__init__(group)
-        self._prefix = prefix
-        self._padded = padded
-
-    def start(self, name: str, payload: Array) -> int:
-        if self._padded:
-            padding = np.zeros(padded_bytes(payload.size) - payload.size, np.uint8)
-            payload = np.concatenate([payload, padding])
-        handle: int = _horovod().allgather_async(
-            torch.from_numpy(payload),
-            name=f"{self._prefix}.{name}",
-            process_set=self._group(),
-        )
-        return handle
-
-    def finish(self, handle: int) -> Sequence[Array]:
-        gathered = _horovod().synchronize(handle)
-        if gathered is None:
-            raise ExchangeError("Horovod was shut down with payloads on their way")
-        payloads = split(gathered.numpy(), padded=self._padded)
-        if len(payloads) != self.size:
-            raise PayloadError(f"{len(payloads)} payloads, expected {self.size}")
-        return payloads
-
-    def to_reduce(self, handle: int) -> Tensor:
-        """1 from every rank and 1 from the first: what becomes of them tells the op."""
-        del handle
-        numbers = torch.zeros(elastic.elements_beside(self.size))
-        numbers[0], numbers[1] = 1.0, float(self.rank == 0)
-        return numbers
-
-    def reduced(self, handle: int, result: Tensor) -> Op:
-        del handle
-        return _op_of(*result[:2].tolist(), size=self.size)
-
-    def bytes_beside(self, reduced: Tensor) -> tuple[int, int]:
-        """Bytes sent and received that the path does not count: not of a payload."""
-        beside = reduced.numel() * reduced.element_size()
-        return beside, beside
-
-
-class _EmbeddedExchange(_HorovodExchange):
-    """Payloads inside the tensor that Horovod reduces."""
-
-    weight = 4  # twice the bytes, and an allreduce moves each of them twice
-    uneven = True
-
-    def __init__(self, group: Any) -> None:
-        super().__init__(group)
-        self._sent: dict[str, Array] = {}
-        self._payloads: dict[str, list[Array]] = {}
-
-    def start(self, name: str, payload: Array) -> str:
-        self._sent[name] = payload
-        return name
-
-    def to_reduce(self, handle: str) -> Tensor:
-        return torch.from_numpy(embed(self._sent[handle], self.rank, self.size))
-
-    def reduced(self, handle: str, result: Tensor) -> Op:
-        try:
-            payloads, scale = extract(result.numpy(), self.size)
-        except PayloadError as error:
-            raise PayloadError(f"{handle}: {error}") from None
-        self._payloads[handle] = payloads
-        return Sum if abs(scale - 1) < 0.25 / self.size else Average
-
-    def finish(self, handle: str) -> Sequence[Array]:
-        return self._payloads.pop(handle)
-
-    def bytes_beside(self, reduced: Tensor) -> tuple[int, int]:
-        """Bytes sent and received that the path does not count: not of a payload."""
-        whole = reduced.numel() * reduced.element_size()
-        payload = 2 * (reduced.numel() // self.size - 1)
-        return whole - payload, whole - (self.size - 1) * payload
-
-
-def _op_of(total: float, first: float, *, size: int) -> Op:
-    """Which op made these numbers of 1 on every rank, and of 1 on the first alone."""
-    close = 0.25 / size
-    if abs(total - size) < close and abs(first - 1) < close:
-        return Sum
-    if abs(total - 1) < close and abs(first - 1 / size) < close:
-        return Average
-    raise ValueError(
-        f"op must be Average or Sum, but of {size} ones Horovod made {total:g}"
-    )

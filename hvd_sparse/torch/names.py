@@ -44,7 +44,7 @@ class ParameterNames:
             ValueError: it belongs to no parameter that is known.
         """
         if not self._names and caller is not None:
-            self._names = dict(caller.optimizer._parameter_names)
+            self._names = self.of(caller.optimizer)
         parameter = self._by_identity(gradient)
         if parameter is None and caller is not None:
             parameter = caller.parameter
@@ -55,6 +55,10 @@ class ParameterNames:
                 "named_parameters=model.named_parameters()"
             )
         return self._names[parameter]
+
+    def of(self, optimizer: Any) -> dict[Tensor, str]:
+        """Per parameter, its name; those of the optimizer unless others were given."""
+        return self._names or dict(optimizer._parameter_names)
 
     def _by_identity(self, gradient: Tensor) -> Tensor | None:
         """The parameter with this grad; what came next last time is tried first."""

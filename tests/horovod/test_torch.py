@@ -172,6 +172,61 @@ def test_replicas_agree_after_200_steps_with_hooks_in_another_order_on_each_rank
     assert compression.traffic.steps == 200
 
 
+def test_batches_change_nothing_but_the_number_of_allgathers(monkeypatch):
+    results = {}
+    for limit in (1, 2000, 1 << 30):  # bytes of gradients
+        monkeypatch.setattr("hvd_sparse.torch.exchanges.BATCH_BYTES", limit)
+        torch.manual_seed(0)
+        model = Heads()
+        compression = compressor(model, TopK(0.05))
+        optimizer = wrap(model, compression)
+        for step in range(5):
+            optimizer.zero_grad()
+            rng = np.random.default_rng([hvd.rank(), step])
+            model(batch(step), rng.permutation(3)).square().mean().backward()
+            optimizer.step()
+        assert replicas_agree(model)
+        batches = len(set(compression._carrier._batches.values()))
+        results[batches] = bits(model)
+    # of 8 tensors, weights of 960 bytes and biases of 160
+    assert list(results) == [8, 2, 1]
+    assert len(set(results.values())) == 1
+
+
+def test_embedding_gradients_beside_others_do_not_hold_up_their_batch():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.EmbeddingBag(50, 4, sparse=True, mode="sum"), nn.Linear(4, 40)
+    )
+    compression = compressor(model, TopK(0.1))
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        named_parameters=model.named_parameters(),
+        compression=compression,
+    )
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.tensor([[hvd.rank(), 7, 7]])).square().sum().backward()
+        optimizer.step()
+    assert replicas_agree(model)
+    assert set(compression.traffic.tensors) == {"1.weight", "1.bias"}
+
+
+@pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
+def test_what_is_written_into_a_gradient_under_way_is_overwritten(carrier):
+    results = []
+    for touched in (False, True):
+        model = perceptron()
+        optimizer = wrap(model, compressor(model, exchange=carrier))
+        loss_of(model, 0).backward()
+        if touched:
+            for parameter in model.parameters():
+                parameter.grad.add_(1.0)
+        optimizer.synchronize()
+        results.append(torch.cat([p.grad.reshape(-1) for p in model.parameters()]))
+    assert torch.equal(*results)
+
+
 # -------------------------------------------------- laws 1 and 6: nothing is lost
 
 
@@ -690,7 +745,8 @@ def test_a_step_that_was_given_up_loses_nothing():
     for _ in range(2):  # the first is sent, and its result never asked for
         parameter.grad = torch.arange(1.0, 9.0)
         dummy, ctx = compression.compress(parameter.grad)
-        hvd.synchronize(ctx.flight.handle) if _ == 0 else None
+        batch = compression._carrier._batches["p"]
+        hvd.synchronize(batch.handle) if _ == 0 else None
     residual = compression._path.memory.residuals["p"]
     np.testing.assert_array_equal(residual, 2 * np.array([1, 2, 3, 4, 0, 0, 0, 0]))
     reduced = hvd.allreduce(dummy, op=hvd.Sum, name="given up")

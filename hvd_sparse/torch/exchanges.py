@@ -1,0 +1,288 @@
+"""Exchange: what Horovod does for the path, for both ways in which payloads travel."""
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hvd_sparse.carriers import embed, extract
+from hvd_sparse.core.contracts import (
+    Average,
+    ExchangeError,
+    Op,
+    PayloadError,
+    Sum,
+)
+from hvd_sparse.core.payload import padded_bytes, split
+from hvd_sparse.torch import elastic
+
+Array = npt.NDArray[Any]
+Tensor = torch.Tensor
+
+BATCH_BYTES = 32 << 20  # of gradients
+
+
+@cache
+def horovod() -> Any:
+    """horovod.torch, imported at first use."""
+    try:
+        import horovod.torch as hvd
+    except ImportError as error:
+        raise ImportError(
+            "SparseCompressor needs Horovod with PyTorch: launch/build-horovod builds "
+            "it; without Horovod use hvd_sparse.torch.DistributedOptimizer"
+        ) from error
+    return hvd
+
+
+def waits_for_peers() -> bool:
+    """Whether a collective of this process is not complete. From any thread."""
+    from horovod.torch import mpi_ops
+
+    for handle in list(mpi_ops._handle_map):
+        try:
+            if not mpi_ops.poll(handle):
+                return True
+        except ValueError:  # completed, or taken away by a shutdown, meanwhile
+            continue
+    return False
+
+
+class _HorovodExchange:
+    """What both ways of carrying payloads through Horovod share."""
+
+    def __init__(self, group: Any) -> None:
+        """Args: group: returns the process set; sizes change in elastic training."""
+        self._group = group
+
+    @property
+    def rank(self) -> int:
+        """This process in the process set."""
+        return int(self._group().rank())
+
+    @property
+    def size(self) -> int:
+        """Processes in the process set."""
+        return int(self._group().size())
+
+    def start_dense(self, name: str, gradient: Array) -> Any:
+        """Not called: SparseCompressor gives Horovod such gradients themselves."""
+        raise NotImplementedError("Horovod reduces dense tensors itself")
+
+    def finish_dense(self, handle: Any) -> tuple[Array, int]:
+        """Not called either."""
+        raise NotImplementedError("Horovod reduces dense tensors itself")
+
+
+class Batch:
+    """Tensors whose payloads share an allgather, which costs more than its bytes.
+
+    The members are fixed and the same on every rank, or ranks whose hooks fire in
+    another order would gather different things under one name.
+    """
+
+    def __init__(self, name: str, members: Iterable[str]) -> None:
+        """Empty; `name` is that of the allgather."""
+        self.name = name
+        self.members = frozenset(members)
+        self.payloads: dict[str, Array] = {}
+        self.handle: int | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all members have a payload."""
+        return len(self.payloads) == len(self.members)
+
+    def joined(self, *, padded: bool) -> Array:
+        """(bytes,) uint8: the payloads in the order of their names, and padding."""
+        parts = [self.payloads[name] for name in sorted(self.payloads)]
+        if padded:
+            size = sum(part.size for part in parts)
+            parts.append(np.zeros(padded_bytes(size) - size, np.uint8))
+        return np.concatenate(parts)
+
+
+class GatheredExchange(_HorovodExchange):
+    """Allgathers of payloads; Horovod reduces two numbers beside each."""
+
+    weight = 1
+    uneven = False
+
+    def __init__(self, group: Any, prefix: str, *, padded: bool) -> None:
+        """Args: prefix: of names. padded: ranks choose k themselves."""
+        super().__init__(group)
+        self._prefix = prefix
+        self._padded = padded
+        self._batches: dict[str, Batch] = {}  # by member
+        self._arrived: dict[str, list[Array]] = {}
+        self._padding = 0
+
+    def plan(self, sizes: dict[str, int]) -> None:
+        """Decide which tensors share an allgather.
+
+        Layers that are neighbours go together, so that a batch is complete, and leaves,
+        while the backward pass is still busy with others. Neighbours are found by
+        name: ranks may hold their parameters in different orders.
+
+        Args:
+            sizes: per name, bytes of the gradient; of what goes sparse.
+        """
+        self.forget()
+        members: list[str] = []
+        for number, name in enumerate(sorted(sizes, key=_natural)):
+            members.append(name)
+            if (
+                sum(sizes[n] for n in members) >= BATCH_BYTES
+                or number == len(sizes) - 1
+            ):
+                batch = Batch(f"{self._prefix}.batch.{members[0]}", members)
+                self._batches.update(dict.fromkeys(members, batch))
+                members = []
+
+    def forget(self) -> None:
+        """Nothing is on its way, nothing is planned."""
+        self._batches.clear()
+        self._arrived.clear()
+
+    def start(self, name: str, payload: Array) -> str:
+        """The payload leaves with the last one of its batch."""
+        if name not in self._batches:
+            self._batches[name] = Batch(f"{self._prefix}.{name}", [name])
+        batch = self._batches[name]
+        if batch.handle is not None:
+            self._restart(batch, name)
+        batch.payloads[name] = payload
+        if batch.complete:
+            self._gather(batch)
+        return name
+
+    def _restart(self, batch: Batch, name: str) -> None:
+        """The batch has left: with this tensor in a step that was given up, or late."""
+        if name in batch.payloads:
+            batch.payloads, batch.handle = {}, None
+        else:
+            self._await(batch)
+
+    def _gather(self, batch: Batch) -> None:
+        joined = batch.joined(padded=self._padded)
+        self._padding += joined.size - sum(p.size for p in batch.payloads.values())
+        batch.handle = horovod().allgather_async(
+            torch.from_numpy(joined), name=batch.name, process_set=self._group()
+        )
+
+    def _await(self, batch: Batch) -> None:
+        names, handle = sorted(batch.payloads), batch.handle
+        batch.payloads, batch.handle = {}, None
+        gathered = horovod().synchronize(handle)
+        if gathered is None:
+            raise ExchangeError("Horovod was shut down with payloads on their way")
+        payloads = split(gathered.numpy(), each=len(names), padded=self._padded)
+        if len(payloads) != self.size * len(names):
+            raise PayloadError(
+                f"{len(payloads)} payloads, expected {len(names)} of each rank"
+            )
+        for number, name in enumerate(names):
+            self._arrived[name] = payloads[number :: len(names)]
+
+    def finish(self, handle: str) -> Sequence[Array]:
+        """All that will be sent in this step has been: incomplete batches leave too."""
+        if handle not in self._arrived:
+            for batch in dict.fromkeys(self._batches.values()):
+                if batch.payloads and batch.handle is None:
+                    self._gather(batch)
+            self._await(self._batches[handle])
+        return self._arrived.pop(handle)
+
+    def to_reduce(self, handle: str) -> Tensor:
+        """1 from every rank and 1 from the first: what becomes of them tells the op."""
+        del handle
+        return _numbers(self.rank, self.size).clone()
+
+    def reduced(self, handle: str, result: Tensor) -> Op:
+        """The op that made this of the numbers."""
+        del handle
+        return _op_of(*result[:2].tolist(), size=self.size)
+
+    def bytes_beside(self, reduced: Tensor) -> tuple[int, int]:
+        """Bytes sent and received that the path does not count: not of a payload."""
+        beside = reduced.numel() * reduced.element_size()
+        padding, self._padding = self._padding, 0
+        return beside + padding, beside + padding * (self.size - 1)
+
+
+@cache
+def _numbers(rank: int, size: int) -> Tensor:
+    numbers = torch.zeros(elastic.elements_beside(size))
+    numbers[0], numbers[1] = 1.0, float(rank == 0)
+    return numbers
+
+
+def _natural(name: str) -> list[tuple[str, int]]:
+    """Sorts layer10 after layer9."""
+    words = re.findall(r"(\D*)(\d*)", name)
+    return [(text, int(number or -1)) for text, number in words]
+
+
+class EmbeddedExchange(_HorovodExchange):
+    """Payloads inside the tensor that Horovod reduces."""
+
+    weight = 4  # twice the bytes, and an allreduce moves each of them twice
+    uneven = True
+
+    def __init__(self, group: Any) -> None:
+        """Args: group: returns the process set."""
+        super().__init__(group)
+        self._sent: dict[str, Array] = {}
+        self._payloads: dict[str, list[Array]] = {}
+
+    def plan(self, sizes: dict[str, int]) -> None:
+        """Every payload travels alone."""
+
+    def forget(self) -> None:
+        """Nothing is on its way."""
+        self._sent.clear()
+        self._payloads.clear()
+
+    def start(self, name: str, payload: Array) -> str:
+        """It leaves when Horovod reduces it."""
+        self._sent[name] = payload
+        return name
+
+    def to_reduce(self, handle: str) -> Tensor:
+        """The payload in this rank's slot."""
+        return torch.from_numpy(embed(self._sent[handle], self.rank, self.size))
+
+    def reduced(self, handle: str, result: Tensor) -> Op:
+        """The op; the payloads are kept for `finish`."""
+        try:
+            payloads, scale = extract(result.numpy(), self.size)
+        except PayloadError as error:
+            raise PayloadError(f"{handle}: {error}") from None
+        self._payloads[handle] = payloads
+        return Sum if abs(scale - 1) < 0.25 / self.size else Average
+
+    def finish(self, handle: str) -> Sequence[Array]:
+        """They came with what Horovod reduced."""
+        return self._payloads.pop(handle)
+
+    def bytes_beside(self, reduced: Tensor) -> tuple[int, int]:
+        """Bytes sent and received that the path does not count: not of a payload."""
+        whole = reduced.numel() * reduced.element_size()
+        payload = 2 * (reduced.numel() // self.size - 1)
+        return whole - payload, whole - (self.size - 1) * payload
+
+
+def _op_of(total: float, first: float, *, size: int) -> Op:
+    """Which op made these numbers of 1 on every rank, and of 1 on the first alone."""
+    close = 0.25 / size
+    if abs(total - size) < close and abs(first - 1) < close:
+        return Sum
+    if abs(total - 1) < close and abs(first - 1 / size) < close:
+        return Average
+    raise ValueError(
+        f"op must be Average or Sum, but of {size} ones Horovod made {total:g}"
+    )
