@@ -66,7 +66,7 @@ def _sums(residual: Any, gradient: Any, low: int, high: int, sums: Any) -> int:
 def _count(values: Any, count: int, shift: Any, table: Any) -> None:
     # two counters a bin: neighbours often share one, and would wait for each other
     for i in range(count):
-        table[np.int64(magnitude_bits(values[i]) >> shift), i & 1] += 1
+        table[i & 1, np.int64(magnitude_bits(values[i]) >> shift)] += 1
 
 
 @jit
@@ -82,9 +82,9 @@ def _count_sums(
 
 def count_magnitudes(values: Array) -> Array:
     """(bins,) int64: how many magnitudes each logarithmic bin holds."""
-    table = np.zeros((BINS[values.itemsize], 2), np.int64)
+    table = np.zeros((2, BINS[values.itemsize]), np.int64)
     _count(values, values.size, np.uint64(SHIFTS[values.itemsize]), table)
-    return np.asarray(table.sum(axis=1))
+    return np.asarray(table[0] + table[1])
 
 
 def count_sums(residual: Array, gradient: Array) -> Array:
@@ -92,10 +92,10 @@ def count_sums(residual: Array, gradient: Array) -> Array:
     size = residual.itemsize
 
     def one_part(first: int, stop: int) -> Array:
-        table = np.zeros((BINS[size], 2), np.int64)
+        table = np.zeros((2, BINS[size]), np.int64)
         shift = np.uint64(SHIFTS[size])
         _count_sums(residual, gradient, first, stop, shift, table)
-        return np.asarray(table.sum(axis=1))
+        return np.asarray(table[0] + table[1])
 
     counts = run_parts(one_part, parts(residual.size, LANES))
     return np.asarray(np.sum(counts, axis=0, dtype=np.int64))
