@@ -23,8 +23,10 @@ from hvd_sparse import (
     TopK,
     WhenCheaper,
 )
+from hvd_sparse.core.adaptive import _coarse
 from hvd_sparse.core.costs import Message
 from hvd_sparse.core.levels import Levels
+from hvd_sparse.core.payload import padded_bytes, payload_bytes
 from hvd_sparse.kernels import reference
 
 SCHEMES = [TopK(), SignTopK(), Stochastic()]
@@ -279,6 +281,22 @@ def test_dearer_messages_are_larger() -> None:
         assert sizes == sorted(sizes)
         assert sizes[0] < sizes[-1]
         assert sizes[-1] > 19_000 or isinstance(scheme, SignTopK)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=repr)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_sizes_are_those_that_doors_pad_payloads_to(scheme: Any, dtype: str) -> None:
+    message = Message(CAT(scheme, AFFINE).layout, dtype, 1_000_000)
+    sizes, costs = _coarse(AFFINE, message, 500_000)
+    np.testing.assert_array_equal(costs, AFFINE.of(sizes, message))
+    assert sizes[0] <= 2  # two signs are as many bytes as one
+    assert sizes[-1] == 500_000
+    assert sizes.size < 60
+    for size in sizes[1:-1].tolist():
+        taken = payload_bytes(message.layout, dtype, size)
+        room = padded_bytes(taken)
+        assert taken <= room
+        assert payload_bytes(message.layout, dtype, size + 1) > room
 
 
 def test_the_grid_costs_less_than_one_percent_in_general() -> None:

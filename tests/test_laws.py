@@ -522,6 +522,17 @@ def test_a_state_is_a_copy(kernels: Kernels, any_sparsify: Any) -> None:
     same_bits(residual, before)
 
 
+def test_a_state_of_before_numbers_were_chosen_is_read() -> None:
+    ranks = Ranks(1, TopK(density=0.1))
+    ranks.step([np.arange(20, dtype=np.float32)])
+    state = ranks.paths[0].state_dict()
+    assert state["tensors"]["w"].pop("chosen") == 2
+    resumed = Ranks(1, TopK(density=0.1))
+    resumed.paths[0].load_state_dict(state)
+    resumed.step([np.ones(20, np.float32)])
+    assert resumed.paths[0].tensors["w"].header.step == 2
+
+
 def test_a_state_survives_being_loaded_and_saved_again(kernels: Kernels) -> None:
     ranks = Ranks(1, TopK(density=0.1))
     for name in ("used", "frozen"):

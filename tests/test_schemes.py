@@ -58,12 +58,11 @@ def test_the_residual_of_signs_stays_bounded(
         most = max(most, float(np.linalg.norm(ranks.residuals()[0])))
         for path in ranks.paths:  # the wires of these ranks remember everything
             path.exchange.wires[0].clear()
-    # |c - sent|^2 <= (1 - 1/n) |c|^2: the sum of the k largest, squared, over k is at
-    # least their largest squared over k, and n / k times that is at least |c|^2 / k ...
-    # so |r| <= |g| q / (1 - q) with q = sqrt(1 - k / n / k)
+    # (sum_S |c|)^2 / k >= sum_S c^2 / k >= |c|^2 / n, so |c - sent| <= q |c| with
+    # q = sqrt(1 - 1 / n), and |r| <= q (|r| + |g|), step by step
     q = math.sqrt(1 - 1 / n)
     assert most <= largest * q / (1 - q)
-    assert k < n or most <= 60 * largest  # and far less in fact
+    assert k < n or most <= 60 * largest  # in fact far less than 2 n times
     drift = np.abs(sent + ranks.residuals()[0] - total)
     # two roundings a step, of sums that |r| + |g| bounds
     eps = float(np.finfo(np.float32).eps)

@@ -51,9 +51,9 @@ class Sparsifier(Protocol):
 
     This is all a custom sparsifier implements. If it also has a `density` in (0, 1], k
     is that share of n, fixed and the same on every rank; otherwise k is the most it may
-    select, and what it did select travels in the header. It may have more: a `layout` of
-    its payloads; `for_rank(rank)` and `for_tensor(name)`, which return one of its kind
-    for them; `after(count)`, which returns what selects after that many were selected.
+    select, and what it did select travels in the header. It may have more: a `layout`
+    of its payloads; `for_rank(rank)` and `for_tensor(name)`, which return one of its
+    kind for them; `after(count)`, which returns what selects after so many were.
     """
 
     def select(self, residual: Array, gradient: Array, k: int, step: int) -> Selection:
