@@ -27,6 +27,7 @@ import scipy.sparse as sp
 import scipy.sparse.linalg
 
 from hvd_sparse import (
+    Affine,
     ExactCAT,
     Packet,
     PaperPayload,
@@ -35,7 +36,7 @@ from hvd_sparse import (
     Stochastic,
     TopK,
 )
-from hvd_sparse.core.costs import Affine, Message
+from hvd_sparse.core.costs import Message
 from hvd_sparse.core.levels import Levels
 from hvd_sparse.core.payload import Header, encode
 from hvd_sparse.core.sparsifiers import elements
