@@ -2,6 +2,7 @@
 
     python benchmarks/select.py             # everything, about 4 minutes
     python benchmarks/select.py --quick     # a tenth of the elements: a check
+    python benchmarks/select.py --cat       # CAT alone, against TopK of as many
     python benchmarks/select.py --json FILE
 
 Every figure is a median over steps in which ours and torch.add_ take turns, on steady
@@ -30,7 +31,8 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from hvd_sparse import Never, TopK
+from hvd_sparse import CAT, Affine, Never, SignTopK, TopK
+from hvd_sparse.core.costs import Message
 from hvd_sparse.core.sparsifiers import elements
 from hvd_sparse.kernels import host
 from hvd_sparse.mpi import SparseAllreduce
@@ -43,7 +45,9 @@ def main():
     arguments = parse()
     n = RESNET50_ELEMENTS // (10 if arguments.quick else 1)
     rows = []
-    if arguments.portable:
+    if arguments.cat:
+        rows += adaptive(n)
+    elif arguments.portable:
         for density in (0.001, 0.01):
             rows.append(selection("portable", "normal", n, density))
     else:
@@ -54,6 +58,7 @@ def main():
         rows += threads(n)
         rows.append(whole_path(n))
         rows.append(resnet50())
+        rows += adaptive(n)
         if not arguments.quick:
             rows += published(n)
     report(rows, arguments)
@@ -63,6 +68,7 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer elements")
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
+    parser.add_argument("--cat", action="store_true", help="CAT's rows alone")
     parser.add_argument("--portable", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -164,6 +170,48 @@ def selection(path, kind, n, density, steps=40):
     }[path, density]
     what = f"accumulate + TopK + residual, {path}"
     return row(what, kind, density, times, floor, target, missed=missed)
+
+
+def adaptive(n, steps=30):
+    """CAT against TopK of the density that it chose, in turns, each its residual.
+
+    With what share of the exact maximum of its efficiency CAT's choice is.
+    """
+    gradients, rows = pool("normal", n), []
+    for scheme in (TopK(), SignTopK()):
+        for per_message in (54, 1e5, 2e6):
+            cat, chosen = CAT(scheme, Affine(1.0, per_message)), 0
+            ours, fixed = np.zeros(n, np.float32), np.zeros(n, np.float32)
+            times, floor = [], []
+            for step in range(2 * steps):
+                gradient = gradients[step % POOL]
+                start = time.perf_counter()
+                chosen = cat.after(chosen).select(ours, gradient, n, step).indices.size
+                middle = time.perf_counter()
+                host.select_top(fixed, gradient, chosen)
+                times.append(middle - start)
+                floor.append(time.perf_counter() - middle)
+            detail = f"{type(scheme).__name__}, {per_message:g} bytes"
+            share = efficiency(cat, ours, gradients[0], chosen)
+            taken = [part[steps:] for part in (times, floor)]
+            what = "CAT over TopK of as many"
+            rows.append(row(what, detail, chosen / n, *taken, 2.0, efficiency=share))
+    return rows
+
+
+def efficiency(cat, residual, gradient, chosen):
+    """That of the next choice, as a share of the best of all sizes, by a sort."""
+    total = residual + gradient
+    chosen = cat.after(chosen).select(residual.copy(), gradient, total.size, 0)
+    largest = np.sort(np.abs(total))[::-1].astype(np.float64)
+    sizes = np.arange(1, total.size + 1)
+    if isinstance(cat.scheme, SignTopK):
+        descent = np.cumsum(largest) ** 2 / sizes
+    else:
+        descent = np.cumsum(largest**2)
+    message = Message(cat.layout, "float32", total.size)
+    descent /= cat.cost.of(sizes, message)
+    return float(descent[chosen.indices.size - 1] / descent.max())
 
 
 def portable(quick):
@@ -295,6 +343,8 @@ def report(rows, arguments):
             target = f"<= {line['target']}" if line["target"] else ""
             density = f"{line['density']:.1%}"
             missed = f"  missed {line['missed']}" if "missed" in line else ""
+            if "efficiency" in line:
+                missed = f"  of the best efficiency {line['efficiency']:.1%}"
             print(
                 f"{line['what']:42} {line['detail']:24} {density:>5} "
                 f"{line['ratio']:6.2f} {target:7} slowest/median "

@@ -1,6 +1,7 @@
 """Two real models, each dense, at density 1 % and at 0.1 %; launch/demo runs it.
 
 mpirun -np 2 python examples/demo.py
+mpirun -np 2 python examples/demo.py --sparsifier cat    # dense, and no density given
 """
 
 import argparse
@@ -10,7 +11,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch_digits as digits
@@ -27,16 +29,49 @@ from rich.progress import (
 from rich.table import Table
 
 import hvd_sparse
+import hvd_sparse.mpi
 from hvd_sparse.core.traffic import Traffic
 
-COLUMNS = {
+Sparsifier = hvd_sparse.Sparsifier
+COLUMNS: dict[str, Sparsifier | None] = {
     "dense": None,
     "1 %": hvd_sparse.TopK(density=0.01),
     "0.1 %": hvd_sparse.TopK(density=0.001),
 }
 SEEDS = range(5)  # of the digits; their accuracies are averaged
+WINDOWS = 5  # into which the steps are cut, to show what changes over time
 
-OnStep = Callable[[float], None]
+OnStep = Callable[[float, Traffic], None]
+
+
+@dataclass
+class History:
+    """What each step of the latest training sent.
+
+    Attributes:
+        sent_bytes: so far, one a step.
+        densities: of each tensor that goes sparse, one row a step.
+        overall: of their elements together, one a step.
+    """
+
+    traffic: Traffic | None = None
+    sent_bytes: list[int] = field(default_factory=list)
+    densities: list[list[float]] = field(default_factory=list)
+    overall: list[float] = field(default_factory=list)
+    _elements: dict[str, int] = field(default_factory=dict)
+
+    def add(self, traffic: Traffic) -> None:
+        """Another step is over."""
+        if traffic is not self.traffic:  # another training begins
+            self.traffic, self._elements = traffic, {}
+            self.sent_bytes, self.densities, self.overall = [], [], []
+        self.sent_bytes.append(traffic.sent_bytes)
+        tensors = {n: t for n, t in traffic.tensors.items() if t.route == "sparse"}
+        sizes = [t.dense_bytes / 4 / traffic.steps for t in tensors.values()]  # float32
+        sent = [t.sent_elements - self._elements.get(n, 0) for n, t in tensors.items()]
+        self._elements = {n: t.sent_elements for n, t in tensors.items()}
+        self.densities.append([s / n for s, n in zip(sent, sizes, strict=True)])
+        self.overall.append(sum(sent) / sum(sizes) if sizes else 0.0)
 
 
 @dataclass(frozen=True)
@@ -46,6 +81,7 @@ class Outcome:
     quality: float
     traffic: Traffic
     seconds_per_step: float
+    history: History = field(default_factory=History)
 
 
 @dataclass(frozen=True)
@@ -63,7 +99,7 @@ class Task:
     name: str
     title: str
     steps: int
-    train: Callable[[hvd_sparse.TopK | None, OnStep], Outcome]
+    train: Callable[[Sparsifier | None, OnStep], Outcome]
     quality: str
     show: Callable[[float], str]
     gap: Callable[[float, float], str]
@@ -75,7 +111,7 @@ def language_task(comm: MPI.Comm, data_dir: Path | None, speedup: int) -> Task:
     settings = replace(settings, steps=settings.steps // speedup)
     training, validation = language.read_text(data_dir)
 
-    def train(sparsifier: hvd_sparse.TopK | None, on_step: OnStep) -> Outcome:
+    def train(sparsifier: Sparsifier | None, on_step: OnStep) -> Outcome:
         model, traffic, seconds = language.train(
             training, sparsifier, comm, settings, on_step=on_step
         )
@@ -98,7 +134,7 @@ def digits_task(comm: MPI.Comm, speedup: int) -> Task:
     settings = replace(settings, steps=settings.steps // speedup)
     training, test = digits.read_digits()
 
-    def train(sparsifier: hvd_sparse.TopK | None, on_step: OnStep) -> Outcome:
+    def train(sparsifier: Sparsifier | None, on_step: OnStep) -> Outcome:
         accuracies, seconds = [], []
         for seed in SEEDS:
             model, traffic, taken = digits.train(
@@ -132,7 +168,28 @@ def settings_text(settings: language.Settings | digits.Settings, comm: MPI.Comm)
     )
 
 
-def run(tasks: list[Task], console: Console, *, show: bool) -> list[list[Outcome]]:
+def cat_columns(comm: MPI.Comm, console: Console) -> dict[str, Sparsifier | None]:
+    """Dense, and CAT with the cost of this job's own exchanges.
+
+    A step sends all tensors in one exchange: each has its share of the message's cost.
+    """
+    measured = hvd_sparse.mpi.measure(comm)
+    cost, tensors = measured.cost, len([*language.Transformer().parameters()])
+    console.print(
+        f"measured: an exchange takes {1e6 * cost.per_message:.0f} us and "
+        f"{1e9 * cost.per_byte:.3f} ns a byte (error of the fit {measured.error:.0%})"
+    )
+    shared = replace(cost, per_message=cost.per_message / tensors)
+    return {"dense": None, "CAT": hvd_sparse.CAT(hvd_sparse.TopK(), shared)}
+
+
+def run(
+    tasks: list[Task],
+    columns: dict[str, Sparsifier | None],
+    console: Console,
+    *,
+    show: bool,
+) -> list[list[Outcome]]:
     """Train every task in every column, with a progress bar where ``show``."""
     progress = Progress(
         TextColumn("{task.description}"),
@@ -147,15 +204,21 @@ def run(tasks: list[Task], console: Console, *, show: bool) -> list[list[Outcome
     with progress:
         for task in tasks:
             outcomes.append([])
-            for column, sparsifier in COLUMNS.items():
+            for column, sparsifier in columns.items():
                 bar = progress.add_task(
                     f"{task.name}, {column}", total=task.steps, loss=""
                 )
 
-                def on_step(loss: float, bar=bar) -> None:
-                    progress.update(bar, advance=1, loss=f"loss {loss:.2f}")
+                history = History()
 
-                outcomes[-1].append(task.train(sparsifier, on_step))
+                def on_step(
+                    loss: float, traffic: Traffic, bar=bar, history=history
+                ) -> None:
+                    progress.update(bar, advance=1, loss=f"loss {loss:.2f}")
+                    history.add(traffic)
+
+                outcome = task.train(sparsifier, on_step)
+                outcomes[-1].append(replace(outcome, history=history))
     return outcomes
 
 
@@ -163,7 +226,7 @@ def per_step(count: int, outcome: Outcome) -> str:
     return f"{count / outcome.traffic.steps:,.0f}"
 
 
-def table_of(task: Task, outcomes: list[Outcome]) -> Table:
+def table_of(task: Task, columns: list[str], outcomes: list[Outcome]) -> Table:
     """What one task made of the columns."""
     table = Table(
         title=task.title,
@@ -172,7 +235,7 @@ def table_of(task: Task, outcomes: list[Outcome]) -> Table:
         caption_justify="left",
     )
     table.add_column("", no_wrap=True)
-    for column in COLUMNS:
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     dense = outcomes[0].quality
     rows: dict[str, Callable[[Outcome], str]] = {
@@ -186,6 +249,56 @@ def table_of(task: Task, outcomes: list[Outcome]) -> Table:
     for name, cell in rows.items():
         table.add_row(name, *(cell(outcome) for outcome in outcomes))
     return table
+
+
+def over_time(history: History) -> Table:
+    """Bytes and densities of CAT, from the first steps to the last."""
+    steps = len(history.sent_bytes)
+    cuts = [steps * i // WINDOWS for i in range(WINDOWS + 1)]
+    table = Table(
+        title="what CAT chose, over time",
+        title_justify="left",
+        caption="densities are those of tensors that go sparse",
+        caption_justify="left",
+    )
+    table.add_column("steps", no_wrap=True)
+    for first, last in pairwise(cuts):
+        table.add_column(f"{first + 1}-{last}", justify="right", no_wrap=True)
+    sent = [0, *history.sent_bytes]
+    windows = [(sent[b] - sent[a]) / max(b - a, 1) for a, b in pairwise(cuts)]
+    table.add_row("bytes sent per step", *(f"{window:,.0f}" for window in windows))
+    means = [statistics.mean(history.overall[a:b] or [0]) for a, b in pairwise(cuts)]
+    table.add_row("density", *(f"{mean:.2%}" for mean in means))
+    for name, of in {"lowest": min, "highest": max}.items():
+        cells = []
+        for first, last in pairwise(cuts):
+            every = [d for row in history.densities[first:last] for d in row]
+            cells.append(f"{of(every):.2%}" if every else "")
+        table.add_row(f"  {name} of a tensor", *cells)
+    return table
+
+
+def plot(file: Path, tasks: list[Task], outcomes: list[list[Outcome]]) -> None:
+    """Bytes and chosen densities of the last column, step by step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, len(tasks), figsize=(11, 6), squeeze=False)
+    for column, (task, row) in enumerate(zip(tasks, outcomes, strict=True)):
+        above, below = axes[0][column], axes[1][column]
+        for outcome, label in zip(row, ("dense", "CAT"), strict=True):
+            sent = [0, *outcome.history.sent_bytes]
+            above.plot([b - a for a, b in pairwise(sent)], label=label, lw=1)
+        above.set(title=task.name, yscale="log", ylabel="bytes sent in a step")
+        above.legend()
+        below.plot(row[-1].history.densities, lw=0.5, color="0.8")
+        below.plot(row[-1].history.overall, lw=1.5, label="all elements")
+        below.set(yscale="log", xlabel="step", ylabel="density (grey: a tensor's)")
+        below.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=80, metadata={"Software": None})
 
 
 def leave_quietly(console: Console) -> None:
@@ -204,6 +317,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, help="your own text, any files")
     parser.add_argument("--quick", action="store_true", help="a tenth of the steps")
+    parser.add_argument(
+        "--sparsifier", choices=["topk", "cat"], default="topk", help="what selects"
+    )
+    parser.add_argument("--plot", type=Path, help="of CAT's choices, a PNG")
     parser.add_argument("--terminal", action="store_true", help="stdout is a terminal")
     args = parser.parse_args()
 
@@ -219,10 +336,16 @@ def main() -> None:
         ]
     except ValueError as error:
         sys.exit(f"demo: {error}" if comm.rank == 0 else 1)
-    outcomes = run(tasks, console, show=comm.rank == 0)
+    columns = cat_columns(comm, console) if args.sparsifier == "cat" else COLUMNS
+    outcomes = run(tasks, columns, console, show=comm.rank == 0)
     for task, row in zip(tasks, outcomes, strict=True):
         console.print()
-        console.print(table_of(task, row))
+        console.print(table_of(task, [*columns], row))
+        if args.sparsifier == "cat":
+            console.print(over_time(row[-1].history))
+    if args.plot and comm.rank == 0:
+        plot(args.plot, tasks, outcomes)
+        console.print(f"\nplot: {args.plot}")
     console.print(
         f"\n{comm.size} ranks, {time.perf_counter() - begin:.0f} seconds in all"
     )

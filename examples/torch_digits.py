@@ -61,11 +61,11 @@ def accuracy(model: nn.Module, split: Split) -> float:
 
 def train(
     split: Split,
-    sparsifier: hvd_sparse.TopK | None,
+    sparsifier: hvd_sparse.Sparsifier | None,
     comm: MPI.Comm,
     settings: Settings,
     *,
-    on_step: Callable[[float], None] = lambda loss: None,
+    on_step: Callable[[float, object], None] = lambda loss, traffic: None,
 ) -> tuple[nn.Module, object, float]:
     """Train a new model; returns it, the traffic and the seconds per step."""
     images, targets = split
@@ -93,7 +93,7 @@ def train(
         loss.backward()
         optimizer.step()
         schedule.step()
-        on_step(loss.item())
+        on_step(loss.item(), optimizer.traffic)
     return model, optimizer.traffic, (time.perf_counter() - begin) / settings.steps
 
 
@@ -110,7 +110,11 @@ def main() -> None:
     settings = Settings(steps=args.steps)
     losses: list[float] = []
     model, traffic, seconds = train(
-        train_split, sparsifier, comm, settings, on_step=losses.append
+        train_split,
+        sparsifier,
+        comm,
+        settings,
+        on_step=lambda loss, traffic: losses.append(loss),
     )
     if comm.rank == 0:
         print(f"training loss      {losses[-1]:.4f} after {args.steps} steps")

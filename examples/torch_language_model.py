@@ -120,12 +120,12 @@ def sgd(parameters: Iterable[nn.Parameter], settings: Settings) -> torch.optim.S
 
 def train(
     text: torch.Tensor,
-    sparsifier: hvd_sparse.TopK | None,
+    sparsifier: hvd_sparse.Sparsifier | None,
     comm: MPI.Comm,
     settings: Settings,
     *,
     build: Callable = sgd,
-    on_step: Callable[[float], None] = lambda loss: None,
+    on_step: Callable[[float, object], None] = lambda loss, traffic: None,
 ) -> tuple[nn.Module, object, float]:
     """Train a new model; returns it, the traffic and the seconds per step."""
     torch.manual_seed(settings.seed)
@@ -150,7 +150,7 @@ def train(
         loss = loss_of(model, text, starts)
         loss.backward()
         optimizer.step()
-        on_step(loss.item())
+        on_step(loss.item(), optimizer.traffic)
     return model, optimizer.traffic, (time.perf_counter() - begin) / settings.steps
 
 

@@ -6,6 +6,7 @@ The map of the package:
 |---|---|
 | `hvd_sparse.core.path` | START HERE: the six stages a gradient passes |
 | `hvd_sparse.core` | memory, sparsifiers, payload, routing, traffic |
+| `hvd_sparse.core.adaptive` | CAT: how many elements, and `costs` of sending them |
 | `hvd_sparse.kernels` | the hot loops: numpy oracle, Numba, accelerator |
 | `hvd_sparse.mpi` | numpy arrays over plain MPI: SparseAllreduce |
 | `hvd_sparse.exchange` | what MPI carries, and when ranks disagree: `agreement` |
@@ -21,6 +22,7 @@ from importlib import import_module
 from typing import Any
 
 from hvd_sparse.carriers import Embedded, Gathered
+from hvd_sparse.core.adaptive import CAT, ExactCAT
 from hvd_sparse.core.contracts import (
     Average,
     ExchangeError,
@@ -30,23 +32,33 @@ from hvd_sparse.core.contracts import (
     Sparsifier,
     Sum,
 )
+from hvd_sparse.core.costs import Affine, Packet, PaperPayload, Payload
 from hvd_sparse.core.routing import Never, WhenCheaper
-from hvd_sparse.core.sparsifiers import RandomK, Threshold, TopK
+from hvd_sparse.core.sparsifiers import RandomK, SignTopK, Threshold, TopK
 from hvd_sparse.core.state import checkpoint_path
+from hvd_sparse.core.stochastic import Stochastic
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CAT",
+    "Affine",
     "Average",
     "Embedded",
+    "ExactCAT",
     "ExchangeError",
     "Gathered",
     "Never",
     "Op",
+    "Packet",
+    "PaperPayload",
+    "Payload",
     "PayloadError",
     "RandomK",
     "Selection",
+    "SignTopK",
     "Sparsifier",
+    "Stochastic",
     "Sum",
     "Threshold",
     "TopK",

@@ -1,6 +1,6 @@
 """The door for numpy arrays over plain MPI."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -8,7 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hvd_sparse.agreement import Row
+from hvd_sparse.core import costs
 from hvd_sparse.core.contracts import Average, Sparsifier
+from hvd_sparse.core.costs import Measurement
 from hvd_sparse.core.path import Flight, GradientPath
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
@@ -290,6 +292,43 @@ class SparseAllreduce:
         """Freeing is collective: a rank that failed must not wait for its peers."""
         if error is None:
             self.close()
+
+
+def measure(
+    comm: Any = None,
+    *,
+    sizes: Sequence[int] = costs.MEASURED_SIZES,
+    repeats: int = 9,
+    timeout_s: float = 600,
+) -> Measurement:
+    """Time exchanges of this job and fit a cost in seconds; alike on every rank.
+
+    Collective: every rank of comm must call it. What is timed is what SparseAllreduce
+    does for a group of one.
+
+    Args:
+        comm: an mpi4py communicator; MPI.COMM_WORLD unless given.
+        sizes: bytes that each rank sends, multiples of 8, at least two.
+        repeats: exchanges of each size; their median counts.
+        timeout_s: seconds to wait for peers in an exchange.
+
+    Raises:
+        ValueError: there are fewer than two sizes, or no repeats.
+        ExchangeError: a peer did not arrive in time.
+    """
+    exchange = MpiExchange(comm, timeout_s)
+
+    def gather(payload: Array) -> list[Array]:
+        handle = exchange.start("measure", payload)
+        exchange.open([("measure", (), "bytes", 0, "bytes", 0)], "measure")
+        exchange.close_step()
+        received = list(exchange.finish(handle))
+        exchange.clear()
+        return received
+
+    measurement = costs.measure(gather, sizes=sizes, repeats=repeats)
+    exchange.free()
+    return measurement
 
 
 def _row(flight: Flight) -> Row:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
-from laws import DTYPES, KERNELS, SPARSIFIERS
+from laws import DTYPES, EVERY, KERNELS, SPARSIFIERS, WITH_RESIDUAL
 
 settings.register_profile(
     "laws",
@@ -22,7 +22,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "laws")
 # what only ranks can import; collecting doctests would import, and so run, it
 collect_ignore = ["members.py", "programs"]
 
-KERNELS_ARE_LOOKED_UP_IN = ("memory", "path", "sparsifiers")
+KERNELS_ARE_LOOKED_UP_IN = ("adaptive", "memory", "path", "sparsifiers", "stochastic")
 
 
 @pytest.fixture(params=DTYPES.values(), ids=DTYPES.keys())
@@ -33,7 +33,19 @@ def dtype(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(params=SPARSIFIERS.values(), ids=SPARSIFIERS.keys())
 def sparsify(request: pytest.FixtureRequest) -> Any:
-    """share -> a sparsifier that takes about this share of a gradient."""
+    """share -> a sparsifier that takes about this share of a gradient, as it is."""
+    return request.param
+
+
+@pytest.fixture(params=WITH_RESIDUAL.values(), ids=WITH_RESIDUAL.keys())
+def with_residual(request: pytest.FixtureRequest) -> Any:
+    """share -> a sparsifier that loses nothing."""
+    return request.param
+
+
+@pytest.fixture(params=EVERY.values(), ids=EVERY.keys())
+def any_sparsify(request: pytest.FixtureRequest) -> Any:
+    """share -> any sparsifier there is."""
     return request.param
 
 

@@ -12,9 +12,20 @@ import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
 
-from hvd_sparse import Average, Never, RandomK, Selection, Threshold, TopK
+from hvd_sparse import (
+    CAT,
+    Affine,
+    Average,
+    Never,
+    RandomK,
+    Selection,
+    SignTopK,
+    Stochastic,
+    Threshold,
+    TopK,
+)
 from hvd_sparse.core.path import Flight, GradientPath
-from hvd_sparse.core.payload import INDEXED, decode
+from hvd_sparse.core.payload import SIGNS, VALUES_ONLY, decode
 from hvd_sparse.kernels import host, reference
 
 try:
@@ -83,7 +94,8 @@ class TakesTurns(NamedTuple):
         return Selection(turn, values, int(kept.size - finite.sum()))
 
 
-# per name, the sparsifier that takes about this share of a gradient; 1 takes it all
+# per name, the sparsifier that takes about this share of a gradient; 1 takes it all, as
+# it is
 SPARSIFIERS: dict[str, Callable[[float], Any]] = {
     "TopK": lambda share: TopK(density=share),
     "RandomK": lambda share: RandomK(density=share, seed=7),
@@ -91,6 +103,30 @@ SPARSIFIERS: dict[str, Callable[[float], Any]] = {
     "Threshold": lambda share: Threshold(value=max(-math.log(share), 5e-324)),
     "custom": lambda share: TakesTurns(stride=math.ceil(1 / share)),
 }
+
+AFFINE = Affine(per_byte=1.0, per_message=54.0)
+
+# and those that take another share, or round what they take: the rest is not lost
+WITH_RESIDUAL: dict[str, Callable[[float], Any]] = {
+    **SPARSIFIERS,
+    "SignTopK": lambda share: SignTopK(density=share),
+    "alistarh": lambda share: SignTopK.alistarh(),
+    "CAT TopK": lambda share: CAT(TopK(), AFFINE, most=share),
+    "CAT SignTopK": lambda share: CAT(SignTopK(), AFFINE, most=share, change=1.5),
+}
+
+# and those that keep nothing, because what they send is right on average
+EVERY: dict[str, Callable[[float], Any]] = {
+    **WITH_RESIDUAL,
+    "Stochastic": lambda share: Stochastic(expected_density=share, seed=7),
+    "CAT Stochastic": lambda share: CAT(Stochastic(seed=7), AFFINE, most=share),
+}
+
+
+def rounds(sparsifier: Any) -> bool:
+    """Whether values are rounded on the wire."""
+    return getattr(sparsifier, "layout", 0) == SIGNS
+
 
 DTYPES = {
     "float16": np.dtype(np.float16),
@@ -280,7 +316,7 @@ class Ranks:
         """One exchange; what each rank hands back, in memory that held other things."""
         sends = zip(self.paths, gradients, strict=True)
         flights = [path.send(name, gradient) for path, gradient in sends]
-        self.sent = list(map(_on_the_wire, self.paths, flights))
+        self.sent = list(map(on_the_wire, self.paths, flights))
         outs = [_used_memory(gradient) for gradient in gradients]
         for path, flight, out in zip(self.paths, flights, outs, strict=True):
             assert path.receive(flight, out) is out
@@ -306,14 +342,14 @@ class Ranks:
                 assert traffic.sent_bytes == sum(sent.size for sent in wire[name])
 
 
-def _on_the_wire(path: GradientPath, flight: Flight) -> Selection:
+def on_the_wire(path: GradientPath, flight: Flight) -> Selection:
     """What the other ranks read from this rank's payload; nothing if it went dense."""
     if flight.tensor.dense:
         return Selection(np.empty(0), np.empty(0), 0)
     name, place = flight.handle
     buffer = path.exchange.wires[path.exchange.rank][name][place]
     found = decode(buffer, flight.tensor.header, varies=flight.tensor.varies)
-    if flight.tensor.header.layout == INDEXED:
+    if flight.tensor.header.layout != VALUES_ONLY:
         return found
     return found._replace(indices=as_numpy(flight.indices))
 

@@ -127,6 +127,99 @@ def test_select_at_is_the_references(
     assert_as_reference(kernels, "select_at", residual, gradient, indices)
 
 
+@given(kind=flat_kinds(), share=st.floats(0, 1), wrong=st.integers(0, 3))
+def test_what_is_selected_roughly_is_the_largest_and_enough(
+    kernels: Kernels, dtype: np.dtype, kind: Kind, share: float, wrong: int
+) -> None:
+    residual, gradient = residual_and_gradient(kind, dtype, wrong)
+    k, module = round(share * residual.size), kernels.module
+    total, nothing = residual.copy(), np.array([-0.0], dtype)
+    nonfinite = reference.select_top(total, gradient, 0)[2]
+    for add in (True, False):
+        changed = kernels.array(residual.copy() if add else total.copy())
+        if add:
+            spent = kernels.array(gradient.copy())
+            found = module.select_some(changed, spent, k, out=spent)
+            assert found[2] == nonfinite
+            same_bits(spent, np.zeros_like(gradient))
+        else:
+            found = module.select_again(changed, k)
+        expected = total.copy()
+        count = found[0].shape[0]
+        assert k <= count <= 2 * k + 5000
+        assert_all_same(
+            (*found[:2], changed),
+            (*reference.select_top(expected, nothing, count)[:2], expected),
+        )
+
+
+def assert_all_same(found: Any, expected: Any) -> None:
+    for one, other in zip(found, expected, strict=True):
+        same_bits(one, other)
+
+
+@given(kind=flat_kinds(), share=st.floats(0, 1), kept=st.floats(0, 1))
+def test_keep_largest_is_the_references(
+    kernels: Kernels, dtype: np.dtype, kind: Kind, share: float, kept: float
+) -> None:
+    residual, gradient = residual_and_gradient(kind, dtype, wrong=0)
+    k = round(share * residual.size)
+    expected, changed = residual.copy(), kernels.array(residual.copy())
+    indices, values, _ = reference.select_top(expected, gradient, k)
+    wanted = reference.keep_largest(expected, indices, values, round(kept * k))
+    module = kernels.module
+    indices, values, _ = module.select_top(changed, kernels.array(gradient), k)
+    found = module.keep_largest(changed, indices, values, round(kept * k))
+    assert_all_same((*found, changed), (*wanted, expected))
+
+
+@given(kind=flat_kinds(), wrong=st.integers(0, 3))
+def test_magnitudes_are_counted_as_the_reference_does(
+    kernels: Kernels, dtype: np.dtype, kind: Kind, wrong: int
+) -> None:
+    residual, gradient = residual_and_gradient(kind, dtype, wrong)
+    here = kernels.array(residual.copy())
+    same_bits(
+        kernels.module.count_sums(here, kernels.array(gradient)),
+        reference.count_sums(residual, gradient),
+    )
+    same_bits(here, residual)
+    counted = kernels.module.count_magnitudes(here)
+    same_bits(counted, reference.count_magnitudes(residual))
+    assert counted.sum() == residual.size
+
+
+@given(kind=flat_kinds())
+def test_magnitudes_and_norms_are_the_references(
+    kernels: Kernels, dtype: np.dtype, kind: Kind
+) -> None:
+    values = kind.make(wide(dtype), 0).copy()
+    here = kernels.array(values)
+    same_bits(kernels.module.largest_first(here), reference.largest_first(values))
+    # n additions in another order: each rounds by half an eps of float64
+    rounding = values.size * np.finfo(np.float64).eps
+    assert kernels.module.norm(here) == pytest.approx(
+        reference.norm(values), rel=rounding + 1e-15
+    )
+
+
+@given(
+    kind=flat_kinds(),
+    wrong=st.integers(0, 3),
+    rate=st.sampled_from([0.0, 1e-3, 0.3, 1.0, 1e30]),
+    seed=st.integers(0, 2**64 - 1),
+)
+def test_draw_is_the_references(
+    kernels: Kernels, dtype: np.dtype, kind: Kind, wrong: int, rate: float, seed: int
+) -> None:
+    residual, gradient = residual_and_gradient(kind, dtype, wrong)
+    expected, changed = residual.copy(), kernels.array(residual.copy())
+    wanted = reference.draw(expected, gradient, rate, seed)
+    found = kernels.module.draw(changed, kernels.array(gradient), rate, seed)
+    assert_all_same((*found[:2], changed), (*wanted[:2], expected))
+    assert found[2] == wanted[2]
+
+
 @given(kind=flat_kinds(), share=st.floats(0, 1))
 def test_add_at_is_the_references(
     kernels: Kernels, dtype: np.dtype, kind: Kind, share: float
@@ -314,6 +407,9 @@ def everything(kind: Kind, dtype: np.dtype) -> list[bytes]:
     for k in (0, 60, 600, n // 2, n):
         made += [*host.select_top(residual, gradient, k)[:2], residual.copy()]
         made += [*host.select_above(residual, gradient, 1.0, k)[:2], residual.copy()]
+        made += [*host.select_again(residual, k), residual.copy()]
+        made += [host.count_sums(residual, gradient)]
+        made += [*host.draw(residual.copy(), gradient, k / n, 3)[:2]]
         indices = host.random_indices(n, k, 3)
         made += [*host.select_at(residual, gradient, indices)[:2], residual.copy()]
         out = np.empty(n, dtype)

@@ -25,6 +25,10 @@ pytestmark = [
         "TopK(density=0.01)",
         "RandomK(density=0.001)",
         "Threshold(value=3.29)",  # 0.1 % of a normal distribution
+        "SignTopK(density=0.001)",
+        "Stochastic(expected_density=0.001)",
+        "CAT(hvd_sparse.TopK(), hvd_sparse.Affine(1.0, 1e4))",
+        "CAT(hvd_sparse.SignTopK(), hvd_sparse.Affine(1.0, 1e4))",
     ],
 )
 def test_a_warm_step_makes_no_dense_temporary(sparsifier: str, ranks: int) -> None:

@@ -70,7 +70,9 @@ def test_the_version_has_an_entry_in_the_changelog() -> None:
 
 def test_the_extras_are_those_promised() -> None:
     extras = importlib.metadata.metadata("hvd-sparse").get_all("Provides-Extra")
-    assert {"torch", "tensorflow", "horovod", "mpi", "examples", "dev"} == set(extras)
+    assert {"torch", "tensorflow", "horovod", "mpi", "examples", "plots", "dev"} == set(
+        extras
+    )
 
 
 def test_the_base_install_is_numpy_and_numba() -> None:

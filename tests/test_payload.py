@@ -15,21 +15,28 @@ from hvd_sparse.core.payload import (
     DTYPES,
     HEADER_BYTES,
     INDEXED,
+    LAYOUTS,
+    SIGNS,
     VALUES_ONLY,
     Header,
     decode,
     encode,
+    mean_magnitude,
+    most_elements,
     payload_bytes,
+    split,
 )
 
 # payloads as release 0.1.0 wrote them, in hex, each with what it holds; never rewritten
-FIXTURES = json.loads(
-    (Path(__file__).parent / "fixtures" / "payload-v1.json").read_text()
-)
+FIXTURES = [
+    stored
+    for name in ("payload-v1.json", "payload-v1-signs.json")
+    for stored in json.loads((Path(__file__).parent / "fixtures" / name).read_text())
+]
 
 HEADERS = st.builds(
     Header,
-    layout=st.sampled_from([INDEXED, VALUES_ONLY]),
+    layout=st.sampled_from(LAYOUTS),
     dtype=st.sampled_from(sorted(DTYPES)),
     n=st.integers(200, 2**31 - 1),
     k=st.integers(0, 200),
@@ -49,7 +56,7 @@ def selected(header: Header, nonfinite: int = 0) -> Selection:
 
 
 def assert_holds(found: Selection, expected: Selection, layout: int) -> None:
-    indices = expected.indices if layout == INDEXED else expected.indices[:0]
+    indices = expected.indices[:0] if layout == VALUES_ONLY else expected.indices
     assert found.indices.dtype == np.int32
     assert found.values.dtype == expected.values.dtype
     assert found.indices.tobytes() == indices.tobytes()
@@ -61,15 +68,20 @@ def assert_holds(found: Selection, expected: Selection, layout: int) -> None:
 def test_what_is_decoded_is_what_was_encoded(header: Header, nonfinite: int) -> None:
     selection = selected(header, nonfinite)
     buffer, sent = encode(selection, header)
-    assert sent is selection.values  # nothing is rounded
-    assert_holds(decode(buffer, header), selection, header.layout)
+    assert (sent is selection.values) == (header.layout != SIGNS)  # else rounded
+    received = selection._replace(values=sent)
+    assert_holds(decode(buffer, header), received, header.layout)
 
 
 @given(HEADERS)
 def test_sizes_follow_from_k_alone_and_are_multiples_of_8(header: Header) -> None:
     buffer, _ = encode(selected(header), header)
     value = 8 if header.dtype == "float64" else 4
-    entries = header.k * (value + (4 if header.layout == INDEXED else 0))
+    entries = {
+        INDEXED: header.k * (value + 4),
+        VALUES_ONLY: header.k * value,
+        SIGNS: value + header.k * 4,
+    }[header.layout]
     assert HEADER_BYTES == 32
     assert buffer.dtype == np.uint8
     assert buffer.size % 8 == 0
@@ -81,19 +93,48 @@ def test_sizes_follow_from_k_alone_and_are_multiples_of_8(header: Header) -> Non
 @given(HEADERS)
 def test_payloads_can_follow_each_other(header: Header) -> None:
     selection = selected(header)
-    buffer, _ = encode(selection, header)
-    joined = np.concatenate([buffer, buffer])
-    for place in (0, 1):
-        part = joined[place * buffer.size : (place + 1) * buffer.size]
-        assert_holds(decode(part, header), selection, header.layout)
+    buffer, sent = encode(selection, header)
+    received = selection._replace(values=sent)
+    for part in split(np.concatenate([buffer, buffer]), padded=False):
+        assert_holds(decode(part, header), received, header.layout)
 
 
 @given(HEADERS, st.integers(0, 200))
 def test_a_rank_that_chooses_its_own_k_may_send_less(header: Header, less: int) -> None:
     smaller = header._replace(k=min(header.k, less))
     selection = selected(smaller)
-    buffer, _ = encode(selection, header)
-    assert_holds(decode(buffer, header, varies=True), selection, header.layout)
+    buffer, sent = encode(selection, header)
+    received = selection._replace(values=sent)
+    assert_holds(decode(buffer, header, varies=True), received, header.layout)
+
+
+@given(
+    st.sampled_from(LAYOUTS), st.sampled_from(sorted(DTYPES)), st.integers(0, 10_000)
+)
+def test_most_elements_is_the_most_that_fit(layout: int, dtype: str, size: int) -> None:
+    k = most_elements(layout, dtype, size)
+    assert k < 0 or payload_bytes(layout, dtype, k) <= size
+    assert k < -1 or payload_bytes(layout, dtype, k + 1) > size
+
+
+def test_signs_and_their_mean_magnitude_are_what_travels() -> None:
+    values = np.array([3.0, -1.0, -0.0, 0.0, -6.0], np.float32)
+    selection = Selection(np.array([0, 7, 8, 9, 99], np.int32), values, 0)
+    header = Header(SIGNS, "float32", n=100, k=5, step=1, digest=2)
+    buffer, sent = encode(selection, header)
+    assert sent.tolist() == [2, -2, -2, 2, -2]
+    assert buffer.size == 32 + 4 + 5 * 4
+    assert_holds(decode(buffer, header), selection._replace(values=sent), SIGNS)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("place", ["max", "smallest_normal", "smallest_subnormal"])
+def test_the_mean_magnitude_is_in_range_where_sums_are_not(
+    dtype: type, place: str
+) -> None:
+    value = getattr(np.finfo(dtype), place)
+    assert mean_magnitude(np.array([value, -value, value], dtype)) == value
+    assert mean_magnitude(np.empty(0, dtype)) == 0
 
 
 def test_more_than_may_be_chosen_is_refused() -> None:
@@ -116,15 +157,15 @@ def test_stored_bytes_are_read_and_written_as_ever(stored: dict[str, Any]) -> No
         stored["nonfinite"],
     )
     data = bytes.fromhex("".join(stored["bytes"]))
-    assert_holds(
-        decode(np.frombuffer(data, np.uint8), header), selection, header.layout
-    )
+    received = selection._replace(values=encode(selection, header)[1])
+    found = decode(np.frombuffer(data, np.uint8), header)
+    assert_holds(found, received, header.layout)
     assert encode(selection, header)[0].tobytes() == data
 
 
 def test_every_dtype_and_layout_has_stored_bytes() -> None:
     stored = {(row["header"]["dtype"], row["header"]["layout"]) for row in FIXTURES}
-    assert stored == {(d, layout) for d in DTYPES for layout in (INDEXED, VALUES_ONLY)}
+    assert stored == {(d, layout) for d in DTYPES for layout in LAYOUTS}
 
 
 # ------------------------------------------------------------------ damage

@@ -8,10 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from laws import DTYPES, Ranks
 
-from hvd_sparse import Never, RandomK, Threshold, TopK, WhenCheaper
-from hvd_sparse.core.payload import INDEXED, VALUES_ONLY, payload_bytes
+from hvd_sparse import (
+    Never,
+    RandomK,
+    SignTopK,
+    Stochastic,
+    Threshold,
+    TopK,
+    WhenCheaper,
+)
+from hvd_sparse.core.payload import INDEXED, SIGNS, VALUES_ONLY, payload_bytes
 
-LAYOUTS = st.sampled_from([INDEXED, VALUES_ONLY])
+LAYOUTS = st.sampled_from([INDEXED, VALUES_ONLY, SIGNS])
 NAMES = st.sampled_from(sorted(DTYPES))
 
 
@@ -49,6 +57,9 @@ def test_never_lets_every_element_go_sparse(
         (TopK(density=0.3), (100_000,), 4, "dense"),
         (RandomK(density=0.3), (100_000,), 4, "sparse"),  # no indices travel
         (RandomK(density=0.6), (100_000,), 4, "dense"),
+        (SignTopK(density=0.3), (100_000,), 4, "sparse"),  # half the bytes of TopK
+        (SignTopK(density=0.6), (100_000,), 4, "dense"),
+        (Stochastic(expected_density=1), (100_000,), 4, "sparse"),  # as many as may be
         (TopK(density=0.001), (8,), 2, "dense"),
         (TopK(density=0.001), (), 2, "dense"),
         (TopK(density=0.001), (0,), 2, "dense"),

@@ -12,8 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from laws import Kernels, Kind, Ranks, kinds, same_bits, shares, wide
 
-from hvd_sparse import RandomK, Threshold, TopK, WhenCheaper
-from hvd_sparse.core.sparsifiers import elements
+from hvd_sparse import (
+    RandomK,
+    SignTopK,
+    Stochastic,
+    Threshold,
+    TopK,
+    WhenCheaper,
+)
+from hvd_sparse.core.sparsifiers import SignsUntilNorm, elements  # noqa: F401  # a repr
 
 # ------------------------------------------------------------------ configuration
 
@@ -26,6 +33,11 @@ EXAMPLES = [
     RandomK(seed=2**80),
     Threshold(),
     Threshold(value=5e-324),
+    SignTopK(),
+    SignTopK(density=0.25),
+    SignTopK.alistarh(),
+    Stochastic(),
+    Stochastic(expected_density=0.5, seed=2**80),
 ]
 
 
@@ -38,13 +50,13 @@ def test_a_repr_rebuilds_its_sparsifier(sparsifier: Any) -> None:
 
 @pytest.mark.parametrize("sparsifier", EXAMPLES, ids=repr)
 def test_a_sparsifier_is_frozen(sparsifier: Any) -> None:
-    field = dataclasses.fields(sparsifier)[0].name
+    field = next((f.name for f in dataclasses.fields(sparsifier)), "layout")
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(sparsifier, field, 0.5)
     assert hash(sparsifier) == hash(eval(repr(sparsifier)))
 
 
-@pytest.mark.parametrize("kind", [TopK, RandomK])
+@pytest.mark.parametrize("kind", [TopK, RandomK, SignTopK])
 @pytest.mark.parametrize("density", [0, -1, 2, 1.0000001, -0.0, math.nan, math.inf])
 def test_a_density_outside_0_to_1_is_refused(kind: Any, density: float) -> None:
     with pytest.raises(ValueError, match=r"^density must be in \(0, 1\], got ") as told:
@@ -61,8 +73,17 @@ def test_a_threshold_that_is_not_positive_and_finite_is_refused(value: float) ->
 
 @pytest.mark.parametrize("seed", [1.5, "1", None])
 def test_a_seed_that_is_no_integer_is_refused(seed: Any) -> None:
-    with pytest.raises(TypeError, match="seed must be an integer, got"):
-        RandomK(seed=seed)
+    for kind in (RandomK, Stochastic):
+        with pytest.raises(TypeError, match="seed must be an integer, got"):
+            kind(seed=seed)
+
+
+@pytest.mark.parametrize("density", [0, -1, 2, math.nan])
+def test_an_expected_density_outside_0_to_1_is_refused(density: float) -> None:
+    with pytest.raises(
+        ValueError, match=r"^expected_density must be in \(0, 1\], got "
+    ):
+        Stochastic(expected_density=density)
 
 
 @pytest.mark.parametrize("kind", [TopK, RandomK])

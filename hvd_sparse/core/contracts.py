@@ -51,7 +51,9 @@ class Sparsifier(Protocol):
 
     This is all a custom sparsifier implements. If it also has a `density` in (0, 1], k
     is that share of n, fixed and the same on every rank; otherwise k is the most it may
-    select, and what it did select travels in the header.
+    select, and what it did select travels in the header. It may have more: a `layout`
+    of its payloads; `for_rank(rank)` and `for_tensor(name)`, which return one of its
+    kind for them; `after(count)`, which returns what selects after so many were.
     """
 
     def select(self, residual: Array, gradient: Array, k: int, step: int) -> Selection:
@@ -157,6 +159,44 @@ class Kernels(Protocol):
         self, residual: Array, gradient: Array, indices: Array, out: Array | None = None
     ) -> tuple[Array, Array, int]:
         """The same for entries at given indices."""
+        ...
+
+    def select_some(
+        self, residual: Array, gradient: Array, k: int, out: Array | None = None
+    ) -> tuple[Array, Array, int]:
+        """Accumulate and take all that reach some bound: k or a few more."""
+        ...
+
+    def select_again(self, residual: Array, k: int) -> tuple[Array, Array]:
+        """The same of the residual as it is: indices, values."""
+        ...
+
+    def keep_largest(
+        self, residual: Array, indices: Array, values: Array, k: int
+    ) -> tuple[Array, Array]:
+        """The k largest of what was selected; the others return to the residual."""
+        ...
+
+    def largest_first(self, values: Array) -> Array:
+        """Magnitudes, float64 on the host, falling."""
+        ...
+
+    def norm(self, residual: Array) -> float:
+        """The 2-norm, summed in float64."""
+        ...
+
+    def count_magnitudes(self, values: Array) -> Array:
+        """(bins,) int64 on the host: magnitudes in logarithmic bins."""
+        ...
+
+    def count_sums(self, residual: Array, gradient: Array) -> Array:
+        """The same of residual + gradient, which stay as they are."""
+        ...
+
+    def draw(
+        self, residual: Array, gradient: Array, rate: float, seed: int
+    ) -> tuple[Array, Array, int]:
+        """Each entry c with p = min(1, rate |c|), as c / p; residual becomes 0."""
         ...
 
     def add_at(self, residual: Array, indices: Array, values: Array) -> None:

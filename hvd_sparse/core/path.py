@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hvd_sparse.core.adaptive import CAT
 from hvd_sparse.core.contracts import (
     Array,
     Average,
@@ -44,7 +45,15 @@ from hvd_sparse.core.payload import (
     step_of,
 )
 from hvd_sparse.core.routing import Dense, Never, WhenCheaper
-from hvd_sparse.core.sparsifiers import RandomK, Threshold, TopK, elements
+from hvd_sparse.core.sparsifiers import (
+    RandomK,
+    SignsUntilNorm,
+    SignTopK,
+    Threshold,
+    TopK,
+    elements,
+)
+from hvd_sparse.core.stochastic import Stochastic
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.kernels import kernels_for
 from hvd_sparse.kernels.reference import check_indices
@@ -53,6 +62,8 @@ STATE_FORMAT = 1
 ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _NOTHING = Selection(np.empty(0, np.int32), np.empty(0, np.float32), 0)
 MOST_ELEMENTS = 2**31 - 1
+# whose selections need no check: tests prove them
+OURS = (TopK, RandomK, Threshold, SignTopK, SignsUntilNorm, Stochastic, CAT)
 
 
 @dataclass
@@ -68,6 +79,7 @@ class Tensor:
         payload: the last one's bytes; their memory serves the next.
         in_flight: sent and not received yet.
         latest: the step of the rank that is furthest, where ranks may be apart.
+        chosen: elements that were selected last; 0 before the first step.
     """
 
     name: str
@@ -83,6 +95,18 @@ class Tensor:
     payload: Bytes | None = None
     in_flight: bool = False
     latest: int = 0
+    chosen: int = 0
+
+    def select(self, residual: Array, gradient: Array, out: Array | None) -> Selection:
+        """The sparsifier's choice; `after` tells it how many the last one was."""
+        sparsifier = self.sparsifier
+        if hasattr(sparsifier, "after"):
+            sparsifier = sparsifier.after(self.chosen)
+        asked: tuple[Any, ...] = (self.header.k, self.header.step)
+        if out is not None:
+            asked = (*asked, out)
+        selection: Selection = sparsifier.select(residual, gradient, *asked)
+        return selection
 
     def check(self, selection: Selection) -> None:
         """What a custom sparsifier may get wrong, before it becomes a payload.
@@ -302,11 +326,9 @@ class GradientPath:
         self, tensor: Tensor, gradient: Array, flat: Array, out: Array | None
     ) -> Selection:
         residual = self.memory.residual(tensor.name, gradient)
-        asked: tuple[Any, ...] = (tensor.header.k, tensor.header.step)
-        if out is not None:
-            asked = (*asked, out)
-        selection: Selection = tensor.sparsifier.select(residual, flat, *asked)
+        selection = tensor.select(residual, flat, out)
         self._check(tensor, selection)
+        tensor.chosen = selection.indices.shape[0]
         return selection
 
     def _hand_back_sparse(self, flight: Flight, out: Array) -> None:
@@ -319,7 +341,7 @@ class GradientPath:
             self._aggregate(flight, payloads, out)
 
     def _check(self, tensor: Tensor, selection: Selection) -> None:
-        if isinstance(tensor.sparsifier, TopK | RandomK | Threshold):
+        if isinstance(tensor.sparsifier, OURS):
             return
         try:
             tensor.check(selection)
@@ -422,7 +444,7 @@ class GradientPath:
                 f"{name}: gradient must have at most 2**31 - 1 elements (indices are "
                 f"int32), got {n}; split it"
             )
-        step = self._restore_loaded(name, gradient)
+        step, chosen = self._restore_loaded(name, gradient)
         sparsifier, layout, k, dense = self._plan(name, n, dtype)
         varies = getattr(sparsifier, "density", None) is None
         facts = (name, shape, dtype, k, layout, self.configuration)
@@ -438,6 +460,7 @@ class GradientPath:
             varies=varies,
             clears="out" in signature(sparsifier.select).parameters,
             dense=dense,
+            chosen=chosen,
         )
 
     def goes_dense(self, name: str, gradient: Array) -> bool:
@@ -448,10 +471,12 @@ class GradientPath:
     def _plan(self, name: str, n: int, dtype: str) -> tuple[Sparsifier, int, int, bool]:
         """The sparsifier for this tensor, its layout, its k, whether it goes dense."""
         sparsifier = self.sparsifier
+        if hasattr(sparsifier, "for_rank"):
+            sparsifier = sparsifier.for_rank(self.exchange.rank)
         if hasattr(sparsifier, "for_tensor"):
             sparsifier = sparsifier.for_tensor(name)
         shared = getattr(sparsifier, "shared_indices", False)
-        layout = VALUES_ONLY if shared else INDEXED
+        layout = getattr(sparsifier, "layout", VALUES_ONLY if shared else INDEXED)
         size = self.exchange.size * self.exchange.weight
         dense = Never() if name in self.always_sparse else self.dense
         limit = dense.limit(n, dtype, ITEMSIZES[dtype], layout, size)
@@ -483,13 +508,14 @@ class GradientPath:
             "step": self.traffic.steps,
             "tensors": {
                 # loaded and not used since: still waiting, so still part of the state
-                **{name: _saved(**tensor) for name, tensor in self._loaded.items()},
+                **{name: _saved(**saved) for name, saved in self._loaded.items()},
                 **{
                     name: _saved(
                         tensor.shape,
                         tensor.dtype,
                         tensor.header.step,
                         residuals.get(name),
+                        tensor.chosen,
                     )
                     for name, tensor in self.tensors.items()
                 },
@@ -532,23 +558,32 @@ class GradientPath:
         self.memory.residuals.clear()
         self.traffic.steps = state["step"]
 
-    def _restore_loaded(self, name: str, gradient: Array) -> int:
-        """Put a loaded residual where its gradient is; returns the tensor's step."""
+    def _restore_loaded(self, name: str, gradient: Array) -> tuple[int, int]:
+        """Put a loaded residual where its gradient is; returns step and chosen."""
         saved = self._loaded.get(name)
         if saved is None:
-            return 0
+            return 0, 0
         _check_loaded(name, saved, tuple(gradient.shape), _dtype(gradient))
         if saved["residual"] is not None:
             _copy_to(self.memory.residual(name, gradient), saved["residual"])
         del self._loaded[name]
-        return int(saved["step"])
+        return int(saved["step"]), int(saved.get("chosen", 0))
 
 
 def _saved(
-    shape: tuple[int, ...], dtype: str, step: int, residual: Array | None
+    shape: tuple[int, ...],
+    dtype: str,
+    step: int,
+    residual: Array | None,
+    chosen: int = 0,
 ) -> dict[str, Any]:
-    copied = _copy(residual, shape)
-    return {"shape": shape, "dtype": dtype, "step": step, "residual": copied}
+    return {
+        "shape": shape,
+        "dtype": dtype,
+        "step": step,
+        "residual": _copy(residual, shape),
+        "chosen": chosen,
+    }
 
 
 def _check_loaded(

@@ -5,7 +5,8 @@ One payload a tensor, and each describes itself. Version 1, little-endian:
     offset  bytes
     0       4      magic, b"HVSP"
     4       1      version
-    5       1      layout: 1 values and indices, 2 values only (all ranks know which)
+    5       1      layout: 1 values and indices, 2 values only (all ranks know which),
+                   3 one scale, indices and signs
     6       1      dtype of the gradient: 1 float16, 2 bfloat16, 3 float32, 4 float64
     7       1      flags: bit 0, this rank met elements that were not finite
     8       4      n, elements of the gradient
@@ -15,6 +16,9 @@ One payload a tensor, and each describes itself. Version 1, little-endian:
     32      k v    values, float32 (v = 4), or float64 (v = 8) for a float64 gradient
     32+k v  4 k    indices, int32, ascending (layout 1)
     ...            zeros up to a multiple of 8, so that payloads can follow each other
+
+Layout 3 has, from offset 32 on, the scale (v bytes) and k words of 4 bytes: bits 0-30
+are an index, ascending, bit 31 is the sign. Every value is plus or minus the scale.
 """
 
 from collections.abc import Sequence
@@ -32,6 +36,8 @@ Bytes = npt.NDArray[np.uint8]
 VERSION = 1
 INDEXED = 1
 VALUES_ONLY = 2
+SIGNS = 3
+LAYOUTS = (INDEXED, VALUES_ONLY, SIGNS)
 DTYPES = {"float16": 1, "bfloat16": 2, "float32": 3, "float64": 4}
 HEADER_BYTES = 32
 
@@ -40,13 +46,14 @@ _HEADER = Struct("<4sBBBBiiqQ")
 _NONFINITE = 1
 _INDEX: Any = np.dtype("<i4")
 _VALUES: dict[int, Any] = {4: np.dtype("<f4"), 8: np.dtype("<f8")}
+_SIGN = np.uint32(1 << 31)
 
 
 class Header(NamedTuple):
     """What every rank must agree on before it believes a payload.
 
     Attributes:
-        layout: INDEXED or VALUES_ONLY.
+        layout: INDEXED, VALUES_ONLY or SIGNS.
         dtype: the gradient's: a key of DTYPES, on the wire its value.
         n: elements of the gradient.
         k: elements of the payload; the most there may be where ranks choose their own.
@@ -73,13 +80,26 @@ def value_bytes(dtype: str | int) -> int:
 
 
 def entry_bytes(layout: int, dtype: str | int) -> int:
-    """Bytes of one element on the wire: its value and, in layout 1, its index."""
+    """Bytes of one element on the wire: its value, its index, or both."""
+    if layout == SIGNS:
+        return 4
     return value_bytes(dtype) + (4 if layout == INDEXED else 0)
+
+
+def _fixed_bytes(layout: int, dtype: str | int) -> int:
+    """Bytes of a payload of no elements: the header and, in layout 3, the scale."""
+    return HEADER_BYTES + (value_bytes(dtype) if layout == SIGNS else 0)
 
 
 def payload_bytes(layout: int, dtype: str | int, k: int) -> int:
     """Bytes of a payload of k elements, header and padding included."""
-    return HEADER_BYTES + -(-k * entry_bytes(layout, dtype) // 8) * 8
+    return -(-(_fixed_bytes(layout, dtype) + k * entry_bytes(layout, dtype)) // 8) * 8
+
+
+def most_elements(layout: int, dtype: str | int, size: int) -> int:
+    """The largest k whose payload has at most size bytes; negative if none has."""
+    room = size // 8 * 8 - _fixed_bytes(layout, dtype)
+    return room // entry_bytes(layout, dtype)
 
 
 def encode(
@@ -89,8 +109,9 @@ def encode(
 
     It is written into out where that has the right size: fresh memory is slower.
 
-    Values travel unrounded in both layouts of version 1, so `sent` is selection.values.
-    header.k is replaced by what was really selected.
+    Values travel unrounded in layouts 1 and 2, where `sent` is selection.values. In
+    layout 3 they become plus or minus their mean magnitude. header.k is replaced by
+    what was really selected.
     """
     indices, values = _on_host(selection.indices), _on_host(selection.values)
     k = values.shape[0]
@@ -101,6 +122,8 @@ def encode(
     code = DTYPES[str(header.dtype)]
     fields = (_MAGIC, VERSION, header.layout, code, flags, header.n, k)
     _HEADER.pack_into(out.data, 0, *fields, header.step, header.digest)
+    if header.layout == SIGNS:
+        return out, _like(_write_signs(out, indices, values), selection.values)
     end = HEADER_BYTES + values.nbytes
     out[HEADER_BYTES:end] = values.view(np.uint8)
     if header.layout == INDEXED:
@@ -111,8 +134,33 @@ def encode(
     return out, selection.values
 
 
+def _write_signs(out: Bytes, indices: Array, values: Array) -> Array:
+    """Overwrites what follows the header; returns the values a receiver will read."""
+    scale = mean_magnitude(values)
+    start = HEADER_BYTES + scale.nbytes
+    end = start + 4 * indices.size
+    out[HEADER_BYTES:start] = scale.view(np.uint8)
+    words = out[start:end].view(np.uint32)
+    words[:] = indices.view(np.uint32)
+    words[np.signbit(values)] |= _SIGN
+    out[end:] = 0
+    return np.copysign(scale, values)
+
+
+def mean_magnitude(values: Array) -> Array:
+    """(1,) of the values' dtype: sum |v| / k, 0 of none; sums beyond range are fine."""
+    magnitudes = np.abs(values).astype(np.float64)
+    largest = float(magnitudes.max(initial=0.0))
+    if largest == 0:
+        return np.zeros(1, values.dtype)
+    power = 2.0 ** np.frexp(largest)[1].clip(-1022, 1023)  # exact, but for subnormals
+    return np.array([(magnitudes / power).mean() * power], values.dtype)
+
+
 def decode(buffer: Bytes, expected: Header, *, varies: bool = False) -> Selection:
-    """The selection in a payload, as views of its bytes, once the header agrees.
+    """The selection in a payload, once the header agrees.
+
+    In layouts 1 and 2 as views of its bytes.
 
     Args:
         buffer: one payload, at an address that is a multiple of 8.
@@ -153,6 +201,8 @@ def _entries(buffer: Bytes, expected: Header, k: int, nonfinite: int) -> Selecti
         raise PayloadError(
             f"payload of {buffer.size} bytes, expected {size} for k = {k}"
         )
+    if expected.layout == SIGNS:
+        return _read_signs(buffer, expected, k, nonfinite)
     wide = value_bytes(expected.dtype)
     end = HEADER_BYTES + k * wide
     values = buffer[HEADER_BYTES:end].view(_VALUES[wide])
@@ -199,6 +249,16 @@ def locate(buffer: Bytes, expected: Sequence[Header], ranks: int) -> Array | Non
     return table
 
 
+def _read_signs(buffer: Bytes, header: Header, k: int, nonfinite: int) -> Selection:
+    start = _fixed_bytes(SIGNS, header.dtype)
+    scale = buffer[HEADER_BYTES:start].view(f"<f{value_bytes(header.dtype)}")
+    words = buffer[start : start + 4 * k].view("<u4")
+    values = np.repeat(scale, k)
+    np.negative(values, out=values, where=words >= _SIGN)
+    indices = (words & ~_SIGN).view(np.int32)
+    return Selection(indices, values, nonfinite)
+
+
 def step_of(buffer: Bytes) -> int:
     """The step of a payload; 0 if it is too short to have one."""
     if buffer.size < HEADER_BYTES:
@@ -243,6 +303,10 @@ def split(buffer: Bytes, *, each: int = 1, padded: bool) -> list[Bytes]:
                 f"rank {len(payloads) // each}: format {magic!r} version {version}, "
                 f"expected {_MAGIC!r} version {VERSION}"
             )
+        if layout not in LAYOUTS:
+            raise PayloadError(
+                f"rank {len(payloads)}: layout {layout}, expected 1 to 3"
+            )
         size = payload_bytes(layout, code, k)
         payloads.append(buffer[start : start + size])
         start += size
@@ -269,3 +333,8 @@ def _disagreement(found: Header, wanted: Header) -> str:
 def _on_host(array: Any) -> Any:
     """Payloads leave from host memory; k elements come over from an accelerator."""
     return array if isinstance(array, np.ndarray) else array.cpu().numpy()
+
+
+def _like(array: Any, other: Any) -> Any:
+    """The array as the other is: on the host, or on an accelerator."""
+    return array if isinstance(other, np.ndarray) else other.new_tensor(array)

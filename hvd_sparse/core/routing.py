@@ -6,7 +6,7 @@ the same without asking.
 
 from dataclasses import dataclass
 
-from hvd_sparse.core.payload import HEADER_BYTES, entry_bytes
+from hvd_sparse.core.payload import most_elements
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,7 @@ class WhenCheaper:
         """The largest k for which sparse is cheaper; negative if none is."""
         dense = 2 * n * itemsize
         payload = (dense - 1) // max(size, 2)  # strictly smaller
-        room = (payload - HEADER_BYTES) // 8 * 8
-        return min(n, room // entry_bytes(layout, dtype))
+        return min(n, most_elements(layout, dtype, payload))
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,14 @@ from fractions import Fraction
 from functools import lru_cache
 from hashlib import blake2b
 
+import numpy as np
+
 from hvd_sparse.core.contracts import Array, Selection
+from hvd_sparse.core.levels import Levels
+from hvd_sparse.core.payload import INDEXED, SIGNS
 from hvd_sparse.kernels import host, kernels_for
+
+_ROUNDING = 1e-12  # of sums in float64: k equal magnitudes reach their norm at sqrt(k)
 
 
 @lru_cache(maxsize=4096)
@@ -25,15 +31,22 @@ def elements(density: float, n: int) -> int:
     return min(n, max(1, math.ceil(Fraction(str(density)) * n)))
 
 
-def _digest(*parts: object) -> int:
+def digest(*parts: object) -> int:
     """64 bits that depend on every part and on nothing else."""
     text = "\0".join(map(str, parts))
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def _check_density(density: float) -> None:
+def check_density(density: float, name: str = "density") -> None:
+    """Raise ValueError unless it is in (0, 1]."""
     if isinstance(density, bool) or not 0 < density <= 1:
-        raise ValueError(f"density must be in (0, 1], got {density}")
+        raise ValueError(f"{name} must be in (0, 1], got {density}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise TypeError unless it is an integer."""
+    if not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
 
 
 @dataclass(frozen=True)
@@ -59,8 +72,22 @@ class TopK:
 
     density: float = 0.001
 
+    layout = INDEXED
+
     def __post_init__(self) -> None:
-        _check_density(self.density)
+        check_density(self.density)
+
+    def descent(self, levels: Levels, sizes: Array) -> Array:
+        """What so many elements are sure to gain, but for a factor they share.
+
+        alpha(T) |g|^2 = sum_T g^2, with F(x - Q(g) / L) <= F(x) - alpha |g|^2 / (2 L):
+        Khirirat et al., 2020, arXiv:2003.06377, lemma 1.
+        """
+        return levels.squares(sizes)
+
+    def turns(self, levels: Levels) -> Array:
+        """Sizes at which the descent bends, so that it may be best there."""
+        return levels.ends
 
     def select(
         self,
@@ -74,6 +101,105 @@ class TopK:
         del step
         kernels = kernels_for(residual)
         return Selection(*kernels.select_top(residual, gradient, k, out))
+
+
+@dataclass(frozen=True)
+class SignTopK:
+    """The k = density * n largest elements as one scale and their signs (S+Q).
+
+    sent = (sum_S |c| / k) * sign(c_S), S = TopK(r + g): half the bytes of TopK for each
+    element. The scale is the one that leaves the smallest residual in the 2-norm:
+    |c - sent|^2 = |c|^2 - (sum_S |c|)^2 / k. What rounding to it takes away stays in
+    the residual, which stays bounded.
+
+    Khirirat, Magnusson, Aytekin, Johansson, Communication Efficient Sparsification for
+    Large Scale Machine Learning, 2020, arXiv:2003.06377. There sent = |g|_2 sign(g),
+    with a step size of sqrt(beta) / (sqrt(k) L) that belongs to it; the product of both
+    is this scale times 1 / L. |c|_2 alone is no contraction: residuals would explode.
+    The sign of a zero is that of its bit.
+
+    Args:
+        density: k / n, in (0, 1]; at least one element of each tensor is sent.
+
+    Raises:
+        ValueError: density is not in (0, 1].
+
+    Example:
+        >>> SignTopK(density=0.01)
+        SignTopK(density=0.01)
+    """
+
+    density: float = 0.001
+
+    layout = SIGNS
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+
+    def descent(self, levels: Levels, sizes: Array) -> Array:
+        """What so many elements are sure to gain, but for a factor they share.
+
+        beta(T) |g|^2 = (sum_T |g|)^2 / T, with F(x - Q(g) / L) <= F(x) - beta |g|^2 /
+        (2 L): Khirirat et al., 2020, arXiv:2003.06377, lemma 2.
+        """
+        descent: Array = levels.sums(sizes) ** 2 / sizes
+        return descent
+
+    def turns(self, levels: Levels) -> Array:
+        """Sizes at which the descent bends, so that it may be best there."""
+        return levels.ends
+
+    @staticmethod
+    def alistarh() -> "SignsUntilNorm":
+        """The rule of Alistarh et al., 2017, in place of a density."""
+        return SignsUntilNorm()
+
+    def select(
+        self,
+        residual: Array,
+        gradient: Array,
+        k: int,
+        step: int,
+        out: Array | None = None,
+    ) -> Selection:
+        """Overwrites residual with residual + gradient, its k largest entries 0."""
+        del step
+        kernels = kernels_for(residual)
+        return Selection(*kernels.select_top(residual, gradient, k, out))
+
+
+@dataclass(frozen=True)
+class SignsUntilNorm:
+    """As SignTopK, for the fewest elements with sum |c| >= |c|_2: at most sqrt(n).
+
+    Alistarh, Grubic, Li, Tomioka, Vojnovic, QSGD, 2017, arXiv:1610.02132: the scheme
+    for gradient descent, which CAT (arXiv:2003.06377) is measured against. Where fewer
+    may be sent than the rule asks for, as many as may. `SignTopK.alistarh()` makes one.
+    """
+
+    layout = SIGNS
+
+    def select(
+        self,
+        residual: Array,
+        gradient: Array,
+        k: int,
+        step: int,
+        out: Array | None = None,
+    ) -> Selection:
+        """Overwrites residual with residual + gradient, the selected entries 0."""
+        del step
+        kernels = kernels_for(residual)
+        k = min(k, math.isqrt(residual.shape[0]) + 1)
+        indices, values, nonfinite = kernels.select_top(residual, gradient, k, out)
+        magnitudes = kernels.largest_first(values)
+        unit = magnitudes.max(initial=0.0) or 1.0  # so that no sum is out of range
+        magnitudes /= unit
+        norm = math.hypot(kernels.norm(residual) / unit, np.linalg.norm(magnitudes))
+        enough = np.cumsum(magnitudes) >= norm * (1 - _ROUNDING)
+        count = int(np.argmax(enough)) + 1 if enough.any() else k
+        indices, values = kernels.keep_largest(residual, indices, values, count)
+        return Selection(indices, values, nonfinite)
 
 
 @dataclass(frozen=True)
@@ -100,17 +226,16 @@ class RandomK:
     shared_indices = True
 
     def __post_init__(self) -> None:
-        _check_density(self.density)
-        if not isinstance(self.seed, int):
-            raise TypeError(f"seed must be an integer, got {self.seed!r}")
+        check_density(self.density)
+        check_seed(self.seed)
 
     def for_tensor(self, name: str) -> "RandomK":
         """The same sparsifier, its seed derived from this tensor's name."""
-        return replace(self, seed=_digest(self.seed, name))
+        return replace(self, seed=digest(self.seed, name))
 
     def indices(self, n: int, k: int, step: int) -> Array:
         """(k,) int32 ascending, distinct: the draw of this step."""
-        return host.random_indices(n, k, _digest(self.seed, step))
+        return host.random_indices(n, k, digest(self.seed, step))
 
     def select(
         self,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hvd_sparse.kernels import host
+from hvd_sparse.kernels.drawing import BINS, SHIFTS
 from hvd_sparse.kernels.reference import check_indices
 
 Tensor = torch.Tensor
@@ -81,6 +82,78 @@ def select_at(
     values = residual[places]
     residual[places] = 0
     return places, values, int(nonfinite)
+
+
+def keep_largest(
+    residual: Tensor, indices: Tensor, values: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """The k largest of what was selected; the others return to the residual."""
+    kept = _largest(values.abs(), k)
+    residual[indices[~kept]] = values[~kept]
+    return indices[kept], values[kept]
+
+
+def largest_first(values: Tensor) -> Any:
+    """(k,) float64 magnitudes on the host, falling."""
+    return values.abs().double().sort(descending=True).values.cpu().numpy()
+
+
+def norm(residual: Tensor) -> float:
+    """The 2-norm, summed in float64."""
+    return float(torch.linalg.vector_norm(residual, dtype=torch.float64))
+
+
+select_some = select_top  # all that reach some bound: k, and here no more
+
+
+def select_again(residual: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """As select_some, with nothing to add."""
+    return _take(residual, _largest(residual.abs(), k))
+
+
+def count_magnitudes(values: Tensor) -> Any:
+    """(bins,) int64 on the host: how many magnitudes each logarithmic bin holds."""
+    size = values.element_size()
+    patterns = values.abs().view(torch.int32 if size == 4 else torch.int64)
+    places = (patterns >> SHIFTS[size]).long()
+    return torch.bincount(places, minlength=BINS[size]).cpu().numpy()
+
+
+def count_sums(residual: Tensor, gradient: Tensor) -> Any:
+    """The same of residual + gradient; reads both, writes neither."""
+    total = residual.clone()
+    _accumulate(total, gradient, None)
+    return count_magnitudes(total)
+
+
+def draw(residual: Tensor, gradient: Tensor, rate: float, seed: int) -> Selected:
+    """Overwrites residual with 0: each entry c is drawn with p, and sent as c / p."""
+    nonfinite = _accumulate(residual, gradient, None)
+    chances = residual.abs() * torch.tensor(rate, dtype=residual.dtype)
+    uniform = _uniform(residual.numel(), seed, residual.device)
+    drawn = (uniform < chances).nonzero().flatten()
+    values = residual[drawn] / chances[drawn].clamp(max=1)
+    residual.zero_()
+    return drawn.to(torch.int32), values, int(nonfinite)
+
+
+def _uniform(n: int, seed: int, device: torch.device) -> Tensor:
+    """As the reference's; int64 wraps as uint64 does, and shifts in its sign."""
+
+    def shifted(word: Tensor, by: int) -> Tensor:
+        return (word >> by) & ((1 << (64 - by)) - 1)
+
+    word = torch.arange(1, n + 1, device=device) * _signed(0x9E3779B97F4A7C15)
+    word += _signed(seed)
+    word = (word ^ shifted(word, 30)) * _signed(0xBF58476D1CE4E5B9)
+    word = (word ^ shifted(word, 27)) * _signed(0x94D049BB133111EB)
+    word = word ^ shifted(word, 31)
+    return shifted(word, 11).double() * 2.0**-53
+
+
+def _signed(word: int) -> int:
+    """The int64 of the same 64 bits."""
+    return (word & (2**64 - 1)) - ((word >> 63 & 1) << 64)
 
 
 def add_at(residual: Tensor, indices: Tensor, values: Tensor) -> None:

@@ -23,8 +23,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import carray, njit
+from numba import carray
 
+from hvd_sparse.kernels import drawing
+from hvd_sparse.kernels.compiled import jit as _jit
 from hvd_sparse.kernels.lanes import (
     LANES,
     accumulate16,
@@ -50,15 +52,6 @@ _BLOCKS = _CHUNK // LANES  # of a chunk; those that an entry falls into are scal
 # added, it leaves every residual as it is, -0.0 included
 _NOTHING = {4: np.full(LANES, -0.0, np.float32), 8: np.full(LANES, -0.0)}
 _NO_OUT = {char: np.empty(0, char) for char in "hHfd"}
-
-
-def _jit(function: Any) -> Any:
-    """Compiled at first use and kept on disk, where this user may write anywhere."""
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # numba found no folder for its cache
-        return njit(**options)(function)
 
 
 # --------------------------------------------------------------------- exact finish
@@ -633,3 +626,79 @@ def random_indices(n: int, k: int, seed: int) -> Array:
     _permuted(n, np.uint64(seed), indices)
     indices.sort()
     return indices
+
+
+# ------------------------------------------------------------ where data decide on k
+
+
+def keep_largest(
+    residual: Array, indices: Array, values: Array, k: int
+) -> tuple[Array, Array]:
+    """The k largest of what was selected; the others return to the residual.
+
+    Overwrites indices and values.
+    """
+    return _cut(residual, indices, values, k)
+
+
+def largest_first(values: Array) -> Array:
+    """(k,) float64 magnitudes on the host, falling."""
+    return np.sort(np.abs(values)).astype(np.float64)[::-1]
+
+
+def select_some(
+    residual: Array, gradient: Array, k: int, out: Array | None = None
+) -> Selected:
+    """As select_top, for all that reach some bound: k, or up to 2 k and a few."""
+    lanes = _lane_view(gradient)
+    bound = _estimate(residual, lanes, 1, k, 1)
+    if bound == 0:  # all reach it
+        return select_top(residual, gradient, k, out)
+    found = _all_above(residual, lanes, _cleared_view(out, lanes), 1, bound, k)
+    if found[0].size < k:
+        _add_at(residual, *found[:2])
+        return *select_again(residual, k), found[2]
+    return found
+
+
+def select_again(residual: Array, k: int) -> tuple[Array, Array]:
+    """As select_some, with nothing to add."""
+    nothing = _NOTHING[residual.dtype.itemsize]
+    kept, zero = _cleared_view(None, nothing), residual.dtype.type(0)
+    for wide in (1, 4):
+        bound = _estimate(residual, nothing, 0, k, wide)
+        if bound == 0:
+            break
+        indices, values, _ = _all_above(residual, nothing, kept, 0, bound, k)
+        if indices.size >= k:
+            return indices, values
+        _add_at(residual, indices, values)
+    indices, values, _ = _candidates(residual, nothing, kept, 0, zero, k)
+    return _cut(residual, indices, values, k)
+
+
+def _all_above(
+    residual: Array, gradient: Array, out: Array, stride: int, bound: Any, k: int
+) -> Selected:
+    """All that reach the bound, whatever the number of threads; k of far too many.
+
+    The buffers have room for everything, but only what is used of them is memory.
+    """
+    found = _candidates(residual, gradient, out, stride, bound, residual.size)
+    if found[0].size > 2 * k + _SPARE:
+        return *_cut(residual, *found[:2], k), found[2]
+    return found
+
+
+def count_sums(residual: Array, gradient: Array) -> Array:
+    """(bins,) int64: magnitudes of residual + gradient in logarithmic bins."""
+    return drawing.count_sums(residual, _lane_view(gradient))
+
+
+def draw(residual: Array, gradient: Array, rate: float, seed: int) -> Selected:
+    """Overwrites residual with 0: each entry c is drawn with p, and sent as c / p."""
+    return drawing.draw(residual, _lane_view(gradient), rate, seed)
+
+
+count_magnitudes = drawing.count_magnitudes
+norm = drawing.norm

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hvd_sparse.kernels.drawing import BINS, SHIFTS
+
 Array = npt.NDArray[Any]
 Selected = tuple[Array, Array, int]
 
@@ -69,6 +71,71 @@ def select_at(
     """As select_top, for the entries at the given indices."""
     nonfinite = _accumulate(residual, gradient, out)
     return *_take(residual, indices), nonfinite
+
+
+def keep_largest(
+    residual: Array, indices: Array, values: Array, k: int
+) -> tuple[Array, Array]:
+    """The k largest of what was selected; the others return to the residual."""
+    kept = np.sort(_largest_first(values)[:k])
+    back = np.setdiff1d(np.arange(values.size), kept)
+    residual[indices[back]] = values[back]
+    return indices[kept], values[kept]
+
+
+def largest_first(values: Array) -> Array:
+    """(k,) float64 magnitudes on the host, falling."""
+    return np.sort(np.abs(values.astype(np.float64)))[::-1]
+
+
+def norm(residual: Array) -> float:
+    """The 2-norm, summed in float64."""
+    with np.errstate(over="ignore"):
+        return float(np.linalg.norm(residual.astype(np.float64)))
+
+
+select_some = select_top  # all that reach some bound: k, and here no more
+
+
+def select_again(residual: Array, k: int) -> tuple[Array, Array]:
+    """As select_some, with nothing to add."""
+    return _take(residual, _largest_first(residual)[:k])
+
+
+def count_magnitudes(values: Array) -> Array:
+    """(bins,) int64: how many magnitudes each logarithmic bin holds; see `drawing`."""
+    patterns = np.abs(values).view(f"u{values.itemsize}")
+    places = (patterns >> patterns.dtype.type(SHIFTS[values.itemsize])).astype(np.int64)
+    return np.bincount(places, minlength=BINS[values.itemsize])
+
+
+def count_sums(residual: Array, gradient: Array) -> Array:
+    """The same of residual + gradient; reads both, writes neither."""
+    total = residual.copy()
+    _accumulate(total, gradient, None)
+    return count_magnitudes(total)
+
+
+def draw(residual: Array, gradient: Array, rate: float, seed: int) -> Selected:
+    """Overwrites residual with 0: each entry c is drawn with p, and sent as c / p."""
+    nonfinite = _accumulate(residual, gradient, None)
+    with np.errstate(over="ignore"):
+        chances = np.abs(residual) * residual.dtype.type(rate)
+    drawn = np.flatnonzero(_uniform(residual.size, seed) < chances)
+    values = residual[drawn] / np.minimum(chances[drawn], residual.dtype.type(1))
+    residual[:] = 0
+    return drawn.astype(np.int32), values, nonfinite
+
+
+def _uniform(n: int, seed: int) -> Array:
+    """SplitMix64: (n,) float64 in [0, 1), of 53 bits, each from its index and seed."""
+    word = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    word += np.uint64(seed)
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    word ^= word >> np.uint64(31)
+    uniform: Array = (word >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return uniform
 
 
 def add_at(residual: Array, indices: Array, values: Array) -> None:

@@ -9,11 +9,17 @@ first use.
 """
 
 from hvd_sparse import (
+    CAT,
+    Affine,
     Average,
     ExchangeError,
     Never,
+    Packet,
+    Payload,
     PayloadError,
     RandomK,
+    SignTopK,
+    Stochastic,
     Sum,
     Threshold,
     TopK,
@@ -22,6 +28,7 @@ from hvd_sparse import (
 )
 from hvd_sparse.tensorflow.callbacks import ResidualCheckpoint, TrafficLogger
 from hvd_sparse.tensorflow.horovod import SparseCompressor
+from hvd_sparse.tensorflow.measuring import measure
 from hvd_sparse.tensorflow.mpi import (
     DistributedGradientTape,
     DistributedOptimizer,
@@ -29,15 +36,21 @@ from hvd_sparse.tensorflow.mpi import (
 )
 
 __all__ = [
+    "CAT",
+    "Affine",
     "Average",
     "DistributedGradientTape",
     "DistributedOptimizer",
     "ExchangeError",
     "Never",
+    "Packet",
+    "Payload",
     "PayloadError",
     "RandomK",
     "ResidualCheckpoint",
+    "SignTopK",
     "SparseCompressor",
+    "Stochastic",
     "Sum",
     "Threshold",
     "TopK",
@@ -45,4 +58,5 @@ __all__ = [
     "WhenCheaper",
     "broadcast_variables",
     "checkpoint_path",
+    "measure",
 ]

@@ -10,13 +10,19 @@ Importing this imports torch, and neither MPI nor Horovod: a door does at first 
 """
 
 from hvd_sparse import (
+    CAT,
+    Affine,
     Average,
     Embedded,
     ExchangeError,
     Gathered,
     Never,
+    Packet,
+    Payload,
     PayloadError,
     RandomK,
+    SignTopK,
+    Stochastic,
     Sum,
     Threshold,
     TopK,
@@ -24,6 +30,7 @@ from hvd_sparse import (
     checkpoint_path,
 )
 from hvd_sparse.torch.horovod import SparseCompressor
+from hvd_sparse.torch.measuring import measure
 from hvd_sparse.torch.mpi import (
     DistributedOptimizer,
     broadcast_optimizer_state,
@@ -31,15 +38,21 @@ from hvd_sparse.torch.mpi import (
 )
 
 __all__ = [
+    "CAT",
+    "Affine",
     "Average",
     "DistributedOptimizer",
     "Embedded",
     "ExchangeError",
     "Gathered",
     "Never",
+    "Packet",
+    "Payload",
     "PayloadError",
     "RandomK",
+    "SignTopK",
     "SparseCompressor",
+    "Stochastic",
     "Sum",
     "Threshold",
     "TopK",
@@ -47,4 +60,5 @@ __all__ = [
     "broadcast_optimizer_state",
     "broadcast_parameters",
     "checkpoint_path",
+    "measure",
 ]

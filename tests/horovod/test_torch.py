@@ -14,15 +14,20 @@ from torch import nn
 
 import hvd_sparse.torch as sparse
 from hvd_sparse import (
+    CAT,
+    Affine,
     Embedded,
     ExchangeError,
     Gathered,
     Never,
     RandomK,
+    SignTopK,
+    Stochastic,
     Threshold,
     TopK,
     WhenCheaper,
 )
+from hvd_sparse.torch import measure
 from hvd_sparse.torch.horovod import SparseCompressor
 
 CARRIERS = [Gathered(), Embedded()]
@@ -103,12 +108,15 @@ def all_went_sparse(compression) -> bool:
 # ------------------------------------------------------------------ law 2: replicas
 
 
+AFFINE = Affine(per_byte=1.0, per_message=54.0)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 @pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sparsifier", [TopK(0.05), RandomK(0.1)], ids=repr)
+@pytest.mark.parametrize(
+    "sparsifier", [TopK(0.05), RandomK(0.1), SignTopK(0.05)], ids=repr
+)
 def test_replicas_agree_bitwise(sparsifier, dtype, carrier):
     model = perceptron(dtype)
     compression = compressor(model, sparsifier, exchange=carrier)
@@ -119,9 +127,20 @@ def test_replicas_agree_bitwise(sparsifier, dtype, carrier):
     assert compression.traffic.steps == 4
 
 
-def test_replicas_agree_where_ranks_choose_k():
+CHOOSING = [
+    Threshold(0.05),
+    SignTopK.alistarh(),
+    Stochastic(0.05),
+    CAT(TopK(), AFFINE),
+    CAT(SignTopK(), AFFINE),
+    CAT(Stochastic(), AFFINE),
+]
+
+
+@pytest.mark.parametrize("sparsifier", CHOOSING, ids=repr)
+def test_replicas_agree_where_ranks_choose_k(sparsifier):
     model = perceptron()
-    compression = compressor(model, Threshold(0.05))
+    compression = compressor(model, sparsifier)
     train(model, wrap(model, compression), range(6))
     assert replicas_agree(model)
     assert all_went_sparse(compression)
@@ -758,3 +777,9 @@ def test_no_warning_on_a_path_that_works(caplog, recwarn):
         train(model, wrap(model, compressor(model)), range(3))
     assert not caplog.records
     assert not recwarn.list
+
+
+def test_a_measured_cost_is_the_same_on_every_rank():
+    found = measure(sizes=(64, 4096, 65536), repeats=3)
+    assert len(set(gather(repr(found)))) == 1
+    assert found.cost.per_byte + found.cost.per_message > 0

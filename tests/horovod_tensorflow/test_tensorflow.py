@@ -7,8 +7,19 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hvd_sparse import Never, RandomK, Sum, Threshold, TopK, WhenCheaper
-from hvd_sparse.tensorflow import SparseCompressor
+from hvd_sparse import (
+    CAT,
+    Affine,
+    Never,
+    RandomK,
+    SignTopK,
+    Stochastic,
+    Sum,
+    Threshold,
+    TopK,
+    WhenCheaper,
+)
+from hvd_sparse.tensorflow import SparseCompressor, measure
 
 # Keras 2's own, where it draws a seed
 pytestmark = pytest.mark.filterwarnings("ignore:non-integer arguments to randrange")
@@ -22,6 +33,9 @@ def alike():
     hvd.allgather_object(
         0
     )  # a barrier: what a test gave up is over before its names are used again
+
+
+AFFINE = Affine(per_byte=1.0, per_message=54.0)
 
 
 def compressor(sparsifier=None, **options):
@@ -117,7 +131,19 @@ def test_density_one_is_stock_horovod_with_every_option(option, kind):
 
 
 @pytest.mark.parametrize(
-    "sparsifier", [TopK(0.05), RandomK(0.1), Threshold(0.01)], ids=repr
+    "sparsifier",
+    [
+        TopK(0.05),
+        RandomK(0.1),
+        Threshold(0.01),
+        SignTopK(0.05),
+        SignTopK.alistarh(),
+        Stochastic(0.05),
+        CAT(TopK(), AFFINE),
+        CAT(SignTopK(), AFFINE),
+        CAT(Stochastic(), AFFINE),
+    ],
+    ids=repr,
 )
 def test_replicas_agree_bitwise(sparsifier):
     assert agree(bits(fit(compressor(sparsifier))))
@@ -338,3 +364,9 @@ def test_outside_of_a_graph_a_name_is_needed():
         hvd.allreduce(tf.ones(4), compression=compression)
     result = hvd.allreduce(tf.ones(4) * 3, compression=compression, name="named")
     assert (result.numpy() == 3).all()
+
+
+def test_a_measured_cost_is_the_same_on_every_rank():
+    found = measure(sizes=(64, 4096, 65536), repeats=3)
+    assert agree(repr(found).encode())
+    assert found.cost.per_byte + found.cost.per_message > 0

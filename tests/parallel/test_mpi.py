@@ -9,22 +9,37 @@ from mpi4py import MPI
 
 import hvd_sparse.exchange
 from hvd_sparse import (
+    CAT,
+    Affine,
     Average,
     ExchangeError,
     Never,
     PayloadError,
     RandomK,
     Selection,
+    SignTopK,
+    Stochastic,
     Sum,
     Threshold,
     TopK,
     WhenCheaper,
 )
-from hvd_sparse.mpi import SparseAllreduce
+from hvd_sparse.mpi import SparseAllreduce, measure
 
 COMM = MPI.COMM_WORLD
 RANK, SIZE = COMM.Get_rank(), COMM.Get_size()
-SPARSIFIERS = [TopK(density=0.05), RandomK(density=0.1), Threshold(value=1.5)]
+AFFINE = Affine(per_byte=1.0, per_message=54.0)
+SPARSIFIERS = [
+    TopK(density=0.05),
+    RandomK(density=0.1),
+    Threshold(value=1.5),
+    SignTopK(density=0.05),
+    SignTopK.alistarh(),
+    Stochastic(expected_density=0.05),
+    CAT(TopK(), AFFINE),
+    CAT(SignTopK(), AFFINE, change=2.0),
+    CAT(Stochastic(), AFFINE),
+]
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 
 several = pytest.mark.skipif(SIZE == 1, reason="needs mpirun -np 2 or more")
@@ -471,3 +486,12 @@ def test_a_straggler_is_warned_about_and_awaited(monkeypatch):
             with pytest.warns(UserWarning, match="late: step 0: rank . has waited"):
                 result = reduce.allreduce("late", np.ones(8, np.float32))
     assert same_bits({"late": result})
+
+
+def test_a_measured_cost_is_the_same_on_every_rank_and_serves():
+    found = measure(COMM, sizes=(64, 4096, 65536), repeats=3)
+    assert agree(repr(found).encode())
+    assert len(found.seconds) == 3
+    assert all(seconds > 0 for seconds in found.seconds)
+    with SparseAllreduce(CAT(TopK(), found.cost), comm=COMM) as reduce:
+        assert same_bits(reduce.grouped_allreduce(gradients(0)))

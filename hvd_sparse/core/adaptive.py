@@ -1,0 +1,297 @@
+r"""CAT: each gradient and the network decide how much to send.
+
+    T = argmax  descent(T) / cost(T)
+         T
+
+`descent` is what a scheme's T elements are sure to gain, as a share of what the whole
+gradient would (`TopK.descent`, `SignTopK.descent`, `Stochastic.descent`); `cost` is
+what their payload costs (`hvd_sparse.core.costs`).
+
+How this costs about as much as a fixed T: selection by magnitude needs no norm of the
+whole gradient, which divides all efficiencies alike. So a third more than last time are
+selected, in the one pass that TopK takes; efficiencies are worked out from them as if
+all others were as large as the smallest of them, which is the most they can be; if the
+best T is among those looked at, it is the best of all, and what is beyond it returns to
+the residual. If not, four times as many are looked at.
+
+T comes from sizes a quarter apart in bytes, those to which Horovod doors pad payloads:
+collectives' cached plans survive. Efficiency is flat at its maximum as a rule, so that
+the grid costs little; where it costs more than 1 %, as for signs of a gradient that has
+few elements, all of one size, T is where the magnitudes fall instead.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hvd_sparse.core.contracts import Array, Selection
+from hvd_sparse.core.costs import Cost, Message
+from hvd_sparse.core.levels import Levels
+from hvd_sparse.core.payload import most_elements, padded_bytes
+from hvd_sparse.core.sparsifiers import SignTopK, TopK, elements
+from hvd_sparse.core.stochastic import Stochastic, most_expected
+from hvd_sparse.kernels import kernels_for
+
+_FARTHER = 1.3  # one size of the grid more than last time, and a little
+_AS_GOOD = 0.99  # the share of the best efficiency that a size of the grid must have
+
+Sizes = npt.NDArray[np.int64]
+Scheme = TopK | SignTopK | Stochastic
+
+
+@lru_cache(maxsize=4096)
+def _coarse(cost: Cost, message: Message, most: int) -> tuple[Sizes, Any]:
+    """Sizes up to most, ascending, each with its cost: a quarter apart, and filled."""
+    sizes, size = [1], 64
+    while sizes[-1] < most:
+        fitting = most_elements(message.layout, message.dtype, size)
+        sizes.append(min(max(fitting, 1), most))
+        size = padded_bytes(size + 1)
+    coarse = np.array(sizes, np.int64)
+    filled = np.minimum(np.maximum(cost.filled(coarse, message), 1), most)
+    every = np.unique(filled)
+    return every, cost.of(every, message)
+
+
+@lru_cache(maxsize=64)
+def _all(cost: Cost, message: Message, most: int) -> tuple[Sizes, Any]:
+    every = np.arange(1, most + 1, dtype=np.int64)
+    return every, cost.of(every, message)
+
+
+def _hashable(cost: Cost) -> Any:
+    """The same: `Cost` asks for it, though no type can."""
+    return cost
+
+
+@dataclass(frozen=True)
+class CAT:
+    """As many elements as are worth most for what they cost, by tensor and step.
+
+    Every rank chooses for itself, from its own gradient; how many travels in the
+    payload. The measures are applied to the corrected gradient, residual + gradient:
+    the paper leaves error feedback open. With it, a step's choice is the one that moves
+    most of what waits for its cost; nothing is promised about descent. Unlike in the
+    paper there is no step size here: SignTopK has its own folded in, Stochastic goes
+    without its factor omega. Where elements are drawn, the cost is that of the expected
+    number.
+
+    Khirirat, Magnusson, Aytekin, Johansson, Communication Efficient Sparsification for
+    Large Scale Machine Learning, 2020, arXiv:2003.06377.
+
+    Args:
+        scheme: TopK(), SignTopK() or Stochastic(); of its density only where the first
+            search begins.
+        cost: Affine, Packet, Payload, PaperPayload or your own; see `hvd_sparse.mpi.
+            measure` for one that is measured. The same on every rank.
+        least: the least density to choose, in [0, most]; one element at the least.
+        most: the largest density to choose, in (0, 1]: what memory has room for.
+        change: the factor, > 1, by which the number of elements may grow or shrink from
+            one step to the next.
+
+    Raises:
+        TypeError: scheme is none of these, or cost can not be asked.
+        ValueError: a bound is out of range.
+
+    Example:
+        >>> from hvd_sparse import Affine
+        >>> CAT(TopK(), Affine(per_byte=1.0, per_message=54.0)).most
+        1.0
+    """
+
+    scheme: Scheme
+    cost: Cost
+    least: float = 0.0
+    most: float = 1.0
+    change: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.scheme, TopK | SignTopK | Stochastic):
+            raise TypeError(
+                "scheme must be TopK(), SignTopK() or Stochastic(), got "
+                f"{self.scheme!r}"
+            )
+        if isinstance(self.cost, type) or not hasattr(self.cost, "of"):
+            raise TypeError(
+                "cost must be such as Affine(per_byte=1, per_message=54), got "
+                f"{self.cost!r}"
+            )
+        if not 0 < self.most <= 1:
+            raise ValueError(f"most must be in (0, 1], got {self.most}")
+        if not 0 <= self.least <= self.most:
+            raise ValueError(f"least must be in [0, {self.most}], got {self.least}")
+        if not self.change > 1:
+            raise ValueError(f"change must be more than 1, got {self.change}")
+
+    @property
+    def layout(self) -> int:
+        """That of the scheme's payloads."""
+        return self.scheme.layout
+
+    def for_rank(self, rank: int) -> "CAT":
+        """The same, its scheme seeded for this rank where that matters."""
+        return self._with("for_rank", rank)
+
+    def for_tensor(self, name: str) -> "CAT":
+        """The same, its scheme seeded for this tensor where that matters."""
+        return self._with("for_tensor", name)
+
+    def _with(self, method: str, fact: Any) -> "CAT":
+        if not hasattr(self.scheme, method):
+            return self
+        return replace(self, scheme=getattr(self.scheme, method)(fact))
+
+    def after(self, chosen: int) -> "Choice":
+        """What is left to choose when so many were chosen last; 0 for nothing yet."""
+        return Choice(self, chosen)
+
+    def select(
+        self,
+        residual: Array,
+        gradient: Array,
+        k: int,
+        step: int,
+        out: Array | None = None,
+    ) -> Selection:
+        """Overwrites residual with residual + gradient, the selected entries 0."""
+        return self.after(0).select(residual, gradient, k, step, out)
+
+    # ----------------------------------------------- exactness, which ExactCAT changes
+
+    def best(self, levels: Levels, message: Message, least: int, most: int) -> int:
+        """The number of elements of most descent for its cost; the fewest of equals."""
+        sizes, costs = _coarse(_hashable(self.cost), message, most)
+        first = np.searchsorted(sizes, least)
+        size, efficiency = self._best_of(levels, sizes[first:], costs[first:])
+        turns = np.clip(self.scheme.turns(levels), 1, most)
+        filled = np.minimum(self.cost.filled(turns, message), most)
+        falls = np.unique(np.concatenate((turns, filled, [most])))
+        falls = falls[np.searchsorted(falls, least) :]
+        fine, best = self._best_of(levels, falls, self.cost.of(falls, message))
+        return fine if efficiency < _AS_GOOD * best else size
+
+    def _best_of(self, levels: Levels, sizes: Sizes, costs: Any) -> tuple[int, float]:
+        efficiencies = self.scheme.descent(levels, sizes) / costs
+        place = int(np.argmax(efficiencies))
+        return int(sizes[place]), float(efficiencies[place])
+
+    def levels(self, values: Array) -> Levels:
+        """The magnitudes of what was selected."""
+        counts = kernels_for(values).count_magnitudes(values)
+        return Levels.of_bins(counts, values.dtype.itemsize)
+
+    def all_levels(self, residual: Array, gradient: Array) -> Levels:
+        """The magnitudes of residual + gradient."""
+        counts = kernels_for(residual).count_sums(residual, gradient)
+        return Levels.of_bins(counts, residual.dtype.itemsize)
+
+    def begin(self, n: int, chosen: int) -> int:
+        """How many of the largest to look at first."""
+        if chosen:
+            return math.ceil(_FARTHER * chosen)
+        return elements(getattr(self.scheme, "density", 1.0), n)
+
+
+@dataclass(frozen=True)
+class ExactCAT(CAT):
+    """As CAT, from every size and a sort of every magnitude, as in the paper.
+
+    Slow: for tests, and for comparisons with the paper.
+    """
+
+    def best(self, levels: Levels, message: Message, least: int, most: int) -> int:
+        """The number of elements of most descent for its cost; the fewest of equals."""
+        sizes, costs = _all(_hashable(self.cost), message, most)
+        return self._best_of(levels, sizes[least - 1 :], costs[least - 1 :])[0]
+
+    def levels(self, values: Array) -> Levels:
+        """The magnitudes of what was selected, each by itself."""
+        return Levels.of_sorted(kernels_for(values).largest_first(values))
+
+    def all_levels(self, residual: Array, gradient: Array) -> Levels:
+        """The magnitudes of residual + gradient, each by itself; makes a copy."""
+        kernels, total = kernels_for(residual), residual + 0
+        _, values, _ = kernels.select_top(total, gradient, residual.shape[0])
+        return self.levels(values)
+
+    def begin(self, n: int, chosen: int) -> int:
+        """All."""
+        return n
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One choice of CAT, which knows how many were chosen last; 0 for nothing yet."""
+
+    cat: CAT
+    chosen: int
+
+    def select(
+        self,
+        residual: Array,
+        gradient: Array,
+        k: int,
+        step: int,
+        out: Array | None = None,
+    ) -> Selection:
+        """Overwrites residual with residual + gradient, the selected entries 0."""
+        if k == 0:
+            select_top = kernels_for(residual).select_top
+            return Selection(*select_top(residual, gradient, 0, out))
+        if not isinstance(self.cat.scheme, Stochastic):
+            return self._largest(residual, gradient, k, out)
+        selection = self._drawn(self.cat.scheme, residual, gradient, k, step)
+        if out is not None:
+            out[...] = 0
+        return selection
+
+    def _drawn(
+        self, scheme: Stochastic, residual: Array, gradient: Array, k: int, step: int
+    ) -> Selection:
+        levels = self.cat.all_levels(residual, gradient)
+        size = self.best(levels, residual, most_expected(k, residual.shape[0]))
+        return scheme.draw(residual, gradient, levels.rate(size), k, step)
+
+    def _largest(
+        self, residual: Array, gradient: Array, k: int, out: Array | None
+    ) -> Selection:
+        kernels, n = kernels_for(residual), residual.shape[0]
+        most = self.bounds(n, k)[1]
+        looked = min(most, self.cat.begin(n, self.chosen))
+        indices, values, nonfinite = kernels.select_some(
+            residual, gradient, looked, out
+        )
+        while True:
+            looked = values.shape[0]
+            levels = self.cat.levels(values)
+            levels = levels.followed_by(levels.magnitudes[-1], n - looked)
+            size = self.best(levels, residual, k)
+            if size <= looked:
+                break
+            kernels.add_at(residual, indices, values)
+            looked = min(most, 4 * looked)
+            indices, values = kernels.select_again(residual, looked)
+        indices, values = kernels.keep_largest(residual, indices, values, size)
+        return Selection(indices, values, nonfinite)
+
+    def bounds(self, n: int, k: int) -> tuple[int, int]:
+        """The fewest and the most elements that may be chosen."""
+        cat = self.cat
+        most = min(k, elements(cat.most, n))
+        least = min(most, elements(cat.least, n))
+        if self.chosen and cat.change < math.inf:
+            most = max(least, min(most, math.floor(self.chosen * cat.change)))
+            least = min(most, max(least, math.ceil(self.chosen / cat.change)))
+        return least, most
+
+    def best(self, levels: Levels, residual: Array, k: int) -> int:
+        """The number of elements to take of these, within the bounds."""
+        n = residual.shape[0]
+        dtype = "float64" if residual.dtype.itemsize == 8 else "float32"
+        least, most = self.bounds(n, k)
+        message = Message(self.cat.layout, dtype, n)
+        return self.cat.best(levels, message, least, most)
