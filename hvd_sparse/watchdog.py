@@ -105,22 +105,28 @@ class Watchdog:
         said = self._said("gave up after", waited)
         self.gave_up = f"{said} (timeout_s={self._timeout_s:g})"
         log.error("%s; shutting Horovod down", self.gave_up)
-        # in a thread of its own, for it may block as well; then leaving would, too
-        stuck = threading.Thread(target=self._shutdown, daemon=True)
-        stuck.start()
+        over = threading.Event()
         deadline = time.monotonic() + _LAST_S
-        atexit.register(_leave, stuck, deadline)
+        # before anything is freed: a thread that is may leave at once
+        atexit.register(_leave, over, deadline)
+        # in a thread of its own, for it may block as well; then leaving would, too
+        threading.Thread(target=self._shut_down, args=(over,), daemon=True).start()
         while time.monotonic() < deadline:
             if self._stopped.wait(0.1) or not self._waiting():
                 return
         log.error("rank %d is still blocked in Horovod; ending it", self._rank())
         _end()
 
+    def _shut_down(self, over: threading.Event) -> None:
+        try:
+            self._shutdown()
+        finally:
+            over.set()
 
-def _leave(stuck: threading.Thread, deadline: float) -> None:
+
+def _leave(over: threading.Event, deadline: float) -> None:
     """At exit: Horovod's own farewell would wait for the missing peer for ever."""
-    stuck.join(max(0.0, deadline - time.monotonic()))
-    if stuck.is_alive():
+    if not over.wait(max(0.0, deadline - time.monotonic())):
         _end()
 
 

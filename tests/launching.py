@@ -1,7 +1,9 @@
 """Starts real ranks from a test, where the whole job ends or memory is measured."""
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -77,7 +79,16 @@ def run(command: list[str], timeout_s: float) -> Ended:
     try:
         output, errors = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        process.terminate()  # the launcher then ends its ranks
+        end_session(process.pid)
         output, errors = process.communicate(timeout=60)
         pytest.fail(f"the job hangs after {timeout_s} s: {errors}")
     return Ended(process.returncode, output, errors, time.monotonic() - started)
+
+
+def end_session(session: int) -> None:
+    """Kill all processes of a session: ranks outlive a launcher that hangs."""
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(ValueError, ProcessLookupError):
+            pid = int(entry.name)
+            if os.getsid(pid) == session:
+                os.kill(pid, signal.SIGKILL)

@@ -59,6 +59,7 @@ class _HorovodExchange:
     def __init__(self, group: Any) -> None:
         """Args: group: returns the process set."""
         self._group = group
+        self._elastic = elastic.is_elastic()
         self._place: tuple[int, int] | None = None
 
     @property
@@ -72,8 +73,11 @@ class _HorovodExchange:
         return self._find_place()[1]
 
     def _find_place(self) -> tuple[int, int]:
-        """Asked once until `forget`: Horovod's answer takes a microsecond each time."""
-        if self._place is None:
+        """Asked once until `forget`: Horovod's answer takes a microsecond each time.
+
+        In elastic training it changes without a word when workers are taken away.
+        """
+        if self._place is None or self._elastic:
             group = self._group()
             self._place = int(group.rank()), int(group.size())
         return self._place
@@ -154,6 +158,7 @@ class GatheredExchange(_HorovodExchange):
         self._batches: dict[str, Batch] = {}  # by member
         self._arrived: dict[str, Arrival] = {}
         self._numbers: list[Tensor] = []
+        self._numbers_of = (0, 0)
         self._padding = 0
 
     def plan(self, sizes: dict[str, int]) -> None:
@@ -246,9 +251,11 @@ class GatheredExchange(_HorovodExchange):
     def to_reduce(self, handle: str) -> Tensor:
         """1 from every rank and 1 from the first: what becomes of them tells the op."""
         del handle
-        if not self._numbers:
-            numbers = torch.zeros(_AT_ONCE, elastic.elements_beside(self.size))
-            numbers[:, 0], numbers[:, 1] = 1.0, float(self.rank == 0)
+        place = self._find_place()
+        if not self._numbers or place != self._numbers_of:
+            rank, size = self._numbers_of = place
+            numbers = torch.zeros(_AT_ONCE, elastic.elements_beside(size))
+            numbers[:, 0], numbers[:, 1] = 1.0, float(rank == 0)
             self._numbers = list(numbers.unbind())
         return self._numbers.pop()
 
