@@ -6,7 +6,12 @@ The experiments of Khirirat et al., 2020 (arXiv:2003.06377): logistic regression
 gradients, steps of 1 / L (for draws omega / L); workers share the data. One worker
 keeps no residual. Several do, except of draws, or their loss would stall (--no-residual
 shows it). A worker's cost is counted twice: with the idealised bits of the paper, and
-with the bytes that hvd_sparse really sends (wire), float32 values in both.
+with the bytes that hvd_sparse really sends (wire), float32 values in both. CAT chooses
+from all sizes here, as in the paper: ExactCAT.
+
+Rows of the JSON: problem, cost, method, elements (a fixed size), workers; bytes (the
+cost, in bytes, until the loss is reached) and iterations, null where it is not reached;
+wire_bytes and wire_iterations; mean_elements.
 """
 
 import argparse

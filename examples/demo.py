@@ -174,13 +174,9 @@ def cat_columns(comm: MPI.Comm, console: Console) -> dict[str, Sparsifier | None
     A step sends all tensors in one exchange: each has its share of the message's cost.
     """
     measured = hvd_sparse.mpi.measure(comm)
-    cost, tensors = measured.cost, len([*language.Transformer().parameters()])
-    console.print(
-        f"measured: an exchange takes {1e6 * cost.per_message:.0f} us and "
-        f"{1e9 * cost.per_byte:.3f} ns a byte (error of the fit {measured.error:.0%})"
-    )
-    shared = replace(cost, per_message=cost.per_message / tensors)
-    return {"dense": None, "CAT": hvd_sparse.CAT(hvd_sparse.TopK(), shared)}
+    console.print(f"measured: {measured}")
+    cost = measured.cost.among(len([*language.Transformer().parameters()]))
+    return {"dense": None, "CAT": hvd_sparse.CAT(hvd_sparse.TopK(), cost)}
 
 
 def run(

@@ -5,12 +5,15 @@ with each other, and what TensorFlow's door needs of them too, is here; what cal
 Horovod is in the doors.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hvd_sparse.core.contracts import PayloadError
+from hvd_sparse.core.costs import Gather
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -83,3 +86,21 @@ def extract(reduced: Floats, size: int) -> tuple[list[Bytes], float]:
             raise PayloadError("a slot of the reduced buffer has no 16-bit integers")
         payloads.append(words.astype(np.uint16).view(np.uint8))
     return payloads, scale
+
+
+def gather_through(hvd: Any, as_tensor: Callable[[Any], Any], group: Any) -> Gather:
+    """Horovod's allgather, blocking, for arrays; to measure what it takes.
+
+    Args:
+        hvd: horovod.torch or horovod.tensorflow.
+        as_tensor: makes an array the framework's.
+        group: a process set; None for all processes.
+    """
+    group = hvd.global_process_set if group is None else group
+
+    def gather(payload: Bytes) -> list[Bytes]:
+        name = f"hvd_sparse.measure.{payload.size}"
+        gathered = hvd.allgather(as_tensor(payload), name=name, process_set=group)
+        return np.split(gathered.numpy(), group.size())
+
+    return gather

@@ -107,32 +107,33 @@ def quadratics(rng: np.random.Generator, n: int) -> tuple[np.ndarray, float]:
     return hessian, float(np.abs(np.linalg.eigvalsh(hessian)).max())
 
 
-def of_every_size(scheme: Any, gradient: np.ndarray) -> np.ndarray:
-    """(n, n): what is sent of the gradient, by size."""
-    order = np.argsort(-np.abs(gradient), kind="stable")
-    taken = np.tri(gradient.size, dtype=bool)  # row by row, one more of the order
-    sent = np.where(taken, gradient[order], 0)
+def sent_of(scheme: Any, gradient: np.ndarray, size: int) -> np.ndarray:
+    """What is sent of the gradient, the rest 0."""
+    largest = np.argsort(-np.abs(gradient), kind="stable")[:size]
+    sent = np.zeros_like(gradient)
+    sent[largest] = gradient[largest]
     if isinstance(scheme, SignTopK):
-        mean = np.abs(sent).sum(1) / every_size(gradient.size)
-        sent = mean[:, None] * np.sign(sent)
-    back = np.empty_like(sent)
-    back[:, order] = sent
-    return back
+        sent = np.sign(sent) * np.abs(sent).sum() / size
+    return sent
 
 
 @pytest.mark.parametrize("scheme", [TopK(), SignTopK()], ids=repr)
 def test_the_descent_is_at_least_what_the_measure_promises(scheme: Any) -> None:
-    # every size at 5,000 points: 100,000 steps of 1 / L a scheme
+    # 2,000 functions, 50 points and sizes each: 100,000 steps of 1 / L a scheme
     rng, n = np.random.default_rng(0), 20
-    for _ in range(5000):
+    for _ in range(2000):
         hessian, lipschitz = quadratics(rng, n)
-        x = rng.standard_normal(n) * rng.lognormal(sigma=2, size=n)
-        gradient = hessian @ x
-        measure = scheme.descent(exact_levels(gradient), every_size(n))
-        promised = measure * np.abs(gradient).max() ** 2 / (2 * lipschitz)
-        steps = of_every_size(scheme, gradient) / lipschitz
-        descent = steps @ gradient - np.einsum("ij,jk,ik->i", steps, hessian, steps) / 2
-        assert np.all(descent >= promised * (1 - 1e-9))
+        points = rng.standard_normal((50, n)) * rng.lognormal(sigma=2, size=(50, n))
+        gradients, sizes = points @ hessian, rng.integers(1, n + 1, size=(50, 1))
+        measures = [
+            scheme.descent(exact_levels(gradient), size)[0]
+            for gradient, size in zip(gradients, sizes, strict=True)
+        ]
+        sent = map(sent_of, [scheme] * 50, gradients, sizes[:, 0])
+        steps = np.array([*sent]) / lipschitz
+        descents = np.sum(steps * (gradients - steps @ hessian / 2), axis=1)
+        promised = measures * np.abs(gradients).max(axis=1) ** 2 / (2 * lipschitz)
+        assert np.all(descents >= promised * (1 - 1e-9))
 
 
 def test_the_measures_are_those_of_the_paper() -> None:
@@ -146,6 +147,9 @@ def test_the_measures_are_those_of_the_paper() -> None:
         beta = np.cumsum(largest) ** 2 / (sizes * np.sum(gradient**2))
         np.testing.assert_allclose(TopK().descent(levels, sizes) / norm2, alpha)
         np.testing.assert_allclose(SignTopK().descent(levels, sizes) / norm2, beta)
+        # its step size, and the scale that it belongs to, are what is folded into one
+        steps = np.sqrt(beta) / np.sqrt(sizes) * np.linalg.norm(gradient)
+        np.testing.assert_allclose(steps, np.cumsum(largest) / sizes)
         omega = Stochastic().descent(levels, sizes) * norm2
         assert np.all(np.diff(omega) > -1e-12)
         assert omega[-1] == pytest.approx(1)
@@ -299,7 +303,7 @@ def test_sizes_are_those_that_doors_pad_payloads_to(scheme: Any, dtype: str) -> 
         assert payload_bytes(message.layout, dtype, size + 1) > room
 
 
-def test_the_grid_costs_less_than_one_percent_in_general() -> None:
+def test_the_grid_costs_one_percent_at_most_and_a_thousandth_on_average() -> None:
     rng, losses = np.random.default_rng(6), []
     for scheme in SCHEMES:
         for cost in (AFFINE, Affine(1.0, 3000.0), PACKET, Payload()):
@@ -310,9 +314,8 @@ def test_the_grid_costs_less_than_one_percent_in_general() -> None:
                 size = cat.after(0).best(levels, total, total.size)
                 every = efficiency(cat, total)
                 losses.append(1 - every[size - 1] / every.max())
-    assert np.mean(losses) < 0.005
-    assert np.quantile(losses, 0.9) < 0.01
-    assert np.max(losses) < 0.03
+    assert np.mean(losses) < 0.001
+    assert np.max(losses) < 0.01
 
 
 # ------------------------------------------------------------------ bounds

@@ -148,6 +148,20 @@ def test_no_fitted_cost_is_negative_and_the_error_is_told() -> None:
     assert found.error < 1e-12  # the last is flat
 
 
+def test_a_measurement_prints_the_error_of_its_fit() -> None:
+    cost = Affine(per_byte=1.53e-10, per_message=48e-6)
+    found = costs.Measurement(cost, 0.16, (64, 6400), (5e-5, 5e-5))
+    told = "an exchange takes 48 us and 0.153 ns a byte (error of the fit 16%)"
+    assert str(found) == told
+
+
+def test_tensors_that_leave_together_share_the_cost_of_a_message() -> None:
+    whole = Affine(2.0, 54.0, PaperPayload())
+    assert whole.among(3) == Affine(2.0, 18.0, PaperPayload())
+    with pytest.raises(ValueError, match="tensors must be positive, got 0"):
+        whole.among(0)
+
+
 def test_a_measurement_without_sizes_is_refused() -> None:
     with pytest.raises(ValueError, match="sizes must be two or more"):
         costs.measure(lambda payload: [payload], sizes=(64,))

@@ -33,7 +33,7 @@ from hvd_sparse.core.costs import Cost, Message
 from hvd_sparse.core.levels import Levels
 from hvd_sparse.core.payload import most_elements, padded_bytes
 from hvd_sparse.core.sparsifiers import SignTopK, TopK, elements
-from hvd_sparse.core.stochastic import Stochastic, most_expected
+from hvd_sparse.core.stochastic import Stochastic, levels_of, most_expected
 from hvd_sparse.kernels import kernels_for
 
 _FARTHER = 1.3  # one size of the grid more than last time, and a little
@@ -61,11 +61,6 @@ def _coarse(cost: Cost, message: Message, most: int) -> tuple[Sizes, Any]:
 def _all(cost: Cost, message: Message, most: int) -> tuple[Sizes, Any]:
     every = np.arange(1, most + 1, dtype=np.int64)
     return every, cost.of(every, message)
-
-
-def _hashable(cost: Cost) -> Any:
-    """The same: `Cost` asks for it, though no type can."""
-    return cost
 
 
 @dataclass(frozen=True)
@@ -164,7 +159,7 @@ class CAT:
 
     def best(self, levels: Levels, message: Message, least: int, most: int) -> int:
         """The number of elements of most descent for its cost; the fewest of equals."""
-        sizes, costs = _coarse(_hashable(self.cost), message, most)
+        sizes, costs = _coarse(self.cost, message, most)
         first = np.searchsorted(sizes, least)
         size, efficiency = self._best_of(levels, sizes[first:], costs[first:])
         turns = np.clip(self.scheme.turns(levels), 1, most)
@@ -186,8 +181,7 @@ class CAT:
 
     def all_levels(self, residual: Array, gradient: Array) -> Levels:
         """The magnitudes of residual + gradient."""
-        counts = kernels_for(residual).count_sums(residual, gradient)
-        return Levels.of_bins(counts, residual.dtype.itemsize)
+        return levels_of(residual, gradient)
 
     def begin(self, n: int, chosen: int) -> int:
         """How many of the largest to look at first."""
@@ -205,7 +199,7 @@ class ExactCAT(CAT):
 
     def best(self, levels: Levels, message: Message, least: int, most: int) -> int:
         """The number of elements of most descent for its cost; the fewest of equals."""
-        sizes, costs = _all(_hashable(self.cost), message, most)
+        sizes, costs = _all(self.cost, message, most)
         return self._best_of(levels, sizes[least - 1 :], costs[least - 1 :])[0]
 
     def levels(self, values: Array) -> Levels:

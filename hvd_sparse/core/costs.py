@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -47,6 +47,10 @@ class Cost(Protocol):
 
     def filled(self, sizes: Array, message: Message) -> Array:
         """The most elements that cost no more than so many; (t,) int64."""
+        ...
+
+    def __hash__(self) -> int:
+        """That of its fields, as frozen dataclasses have it."""
         ...
 
 
@@ -164,6 +168,20 @@ class Affine:
     def __post_init__(self) -> None:
         _check(per_byte=self.per_byte, per_message=self.per_message)
 
+    def among(self, tensors: int) -> "Affine":
+        """That of each of so many tensors whose payloads leave as one message.
+
+        Raises:
+            ValueError: tensors is not positive.
+
+        Example:
+            >>> Affine(per_byte=1.0, per_message=54.0).among(2).per_message
+            27.0
+        """
+        if tensors < 1:
+            raise ValueError(f"tensors must be positive, got {tensors}")
+        return replace(self, per_message=self.per_message / tensors)
+
     def of(self, sizes: Array, message: Message) -> Array:
         """Cost of payloads of so many elements."""
         return self.per_byte * self.payload.bytes(sizes, message) + self.per_message
@@ -222,7 +240,7 @@ class Packet:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What exchanges took, and the affine cost that fits them best.
+    """What exchanges took, and the affine cost that fits them best; print it to see.
 
     Attributes:
         cost: in seconds.
@@ -236,6 +254,13 @@ class Measurement:
     sizes: tuple[int, ...]
     seconds: tuple[float, ...]
 
+    def __str__(self) -> str:
+        return (
+            f"an exchange takes {1e6 * self.cost.per_message:.0f} us and "
+            f"{1e9 * self.cost.per_byte:.3f} ns a byte "
+            f"(error of the fit {self.error:.0%})"
+        )
+
 
 Gather = Callable[[Array], Sequence[Array]]  # a rank's bytes to those of all ranks
 
@@ -243,7 +268,11 @@ MEASURED_SIZES = tuple(64 * 4**power for power in range(9))  # 64 bytes to 4 MiB
 
 
 def measure(
-    gather: Gather, *, sizes: Sequence[int] = MEASURED_SIZES, repeats: int = 9
+    gather: Gather,
+    *,
+    sizes: Sequence[int] = MEASURED_SIZES,
+    repeats: int = 9,
+    exchange: Callable[[Array], object] | None = None,
 ) -> Measurement:
     """Time exchanges between all ranks and fit a cost; alike on every rank.
 
@@ -254,6 +283,7 @@ def measure(
         gather: sends a uint8 array, a multiple of 8 bytes, and returns every rank's.
         sizes: bytes, multiples of 8, at least two.
         repeats: exchanges of each size; their median counts.
+        exchange: what is timed, if not gather itself; of a uint8 array too.
 
     Raises:
         ValueError: there are fewer than two sizes, or no repeats.
@@ -262,20 +292,23 @@ def measure(
         raise ValueError(
             f"sizes must be two or more, and repeats positive, got {sizes}, {repeats}"
         )
-    own = np.array([_median_seconds(gather, size, repeats) for size in sizes])
+    timed = gather if exchange is None else exchange
+    own = np.array([_median_seconds(timed, size, repeats) for size in sizes])
     # all ranks work with the same numbers: those of the slowest
     everyone = [part.view(np.float64) for part in gather(own.view(np.uint8))]
     seconds = tuple(np.max(everyone, axis=0).tolist())
     return _fit(tuple(sizes), seconds)
 
 
-def _median_seconds(gather: Gather, size: int, repeats: int) -> float:
+def _median_seconds(
+    exchange: Callable[[Array], object], size: int, repeats: int
+) -> float:
     payload = np.zeros(size, np.uint8)
-    gather(payload)  # the first makes connections and buffers
+    exchange(payload)  # the first makes connections and buffers
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
-        gather(payload)
+        exchange(payload)
         times.append(time.perf_counter() - begin)
     return statistics.median(times)
 

@@ -73,15 +73,10 @@ class Stochastic:
 
     def select(self, residual: Array, gradient: Array, k: int, step: int) -> Selection:
         """Overwrites residual with 0; see draw."""
-        levels = self.levels(residual, gradient)
+        levels = levels_of(residual, gradient)
         n = residual.shape[0]
         size = min(most_expected(k, n), elements(self.expected_density, n))
         return self.draw(residual, gradient, levels.rate(size), k, step)
-
-    def levels(self, residual: Array, gradient: Array) -> Levels:
-        """The magnitudes of residual + gradient; reads both, writes neither."""
-        counts = kernels_for(residual).count_sums(residual, gradient)
-        return Levels.of_bins(counts, residual.dtype.itemsize)
 
     def draw(
         self, residual: Array, gradient: Array, rate: float, k: int, step: int
@@ -102,6 +97,12 @@ class Stochastic:
         if indices.shape[0] > k:
             indices, values = kernels.keep_largest(residual, indices, values, k)
         return Selection(indices, values, nonfinite)
+
+
+def levels_of(residual: Array, gradient: Array) -> Levels:
+    """The magnitudes of residual + gradient; reads both, writes neither."""
+    counts = kernels_for(residual).count_sums(residual, gradient)
+    return Levels.of_bins(counts, residual.dtype.itemsize)
 
 
 def most_expected(k: int, n: int) -> int:

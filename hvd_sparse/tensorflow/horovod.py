@@ -34,6 +34,7 @@ from hvd_sparse.core.contracts import (
     Sparsifier,
 )
 from hvd_sparse.core.path import Flight, GradientPath
+from hvd_sparse.core.path import Tensor as Admitted
 from hvd_sparse.core.payload import padded_bytes, split
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
@@ -130,7 +131,7 @@ class SparseCompressor:
         self._prefix = prefix
         self._flights: dict[str, Flight] = {}
         self._outs = Buffers()
-        self._dense_bytes: dict[str, int] = {}  # a step, of what goes dense
+        self._dense: dict[str, Admitted] = {}  # what Horovod reduces without us
         self._counts: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._owner: weakref.ref[Any] | None = None
         self._lock = threading.RLock()  # TensorFlow calls from several threads
@@ -173,8 +174,8 @@ class SparseCompressor:
             # as sparse_as_dense makes them: the running graph knows, when it is too
             # late to choose Horovod's own allreduce
             self._path.always_sparse.add(name)
-        elif self._admit(name, tensor).dense:
-            self._dense_bytes[name] = tensor.shape.num_elements() * tensor.dtype.size
+        elif (admitted := self._admit(name, tensor)).dense:
+            self._dense[name] = admitted
             return tensor, None
         payload = _python(partial(self._send, name), [tensor], tf.uint8, [None])
         gathered = _horovod().allgather(
@@ -235,11 +236,9 @@ class SparseCompressor:
         if step <= self.traffic.steps:
             return
         self.traffic.steps = step
-        for name, count in self._dense_bytes.items():
-            tensor = self.traffic.tensor(name, "dense")
-            tensor.sent_bytes += count
-            tensor.received_bytes += count
-            tensor.dense_bytes += count
+        for tensor in self._dense.values():
+            n = tensor.header.n
+            self._path.count(tensor, n, n * tensor.itemsize, n * tensor.itemsize)
 
     # ---------------------------------------------------------------------- facts
 
@@ -260,7 +259,7 @@ class SparseCompressor:
         self._counts[tensor.graph] = count + 1
         return f"gradient{count}"
 
-    def _admit(self, name: str, tensor: Tensor) -> Any:
+    def _admit(self, name: str, tensor: Tensor) -> Admitted:
         """Shape and dtype are checked while tracing, memory is not needed for that."""
         like = np.broadcast_to(tensor.dtype.as_numpy_dtype(0), tuple(tensor.shape))
         with self._lock:

@@ -3,14 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
+from hvd_sparse.carriers import gather_through
 from hvd_sparse.core import costs
 from hvd_sparse.core.costs import Measurement
-
-Array = npt.NDArray[Any]
 
 
 def measure(
@@ -33,13 +30,5 @@ def measure(
     """
     import horovod.torch as hvd
 
-    group = hvd.global_process_set if process_set is None else process_set
-
-    def gather(payload: Array) -> list[Array]:
-        name = f"hvd_sparse.measure.{payload.size}"
-        gathered = hvd.allgather(
-            torch.from_numpy(payload), name=name, process_set=group
-        )
-        return np.split(gathered.numpy(), group.size())
-
+    gather = gather_through(hvd, torch.from_numpy, process_set)
     return costs.measure(gather, sizes=sizes, repeats=repeats)
