@@ -44,7 +44,6 @@ from hvd_sparse import (
     TopK,
     WhenCheaper,
 )
-from hvd_sparse.core.path import Flight
 from hvd_sparse.core.sparsifiers import elements
 
 
@@ -185,74 +184,6 @@ def test_a_result_in_the_gradients_place_has_the_same_bits(
             same_bits(other, out)
         for own, other in zip(ranks.residuals(), others.residuals(), strict=True):
             same_bits(other, own)
-
-
-SEVERAL = {"a": (7, 3), "b": (), "c": (300,), "d": (40000,)}
-
-
-def several(step: int, rank: int, dtype: Any) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng([step, rank])
-    return {
-        name: np.asarray(rng.standard_normal(shape), dtype)
-        for name, shape in SEVERAL.items()
-    }
-
-
-def send_together(
-    ranks: Ranks, step: int, dtype: Any
-) -> tuple[list[list[Flight]], list[dict[str, np.ndarray]], np.ndarray]:
-    """One message of each rank with the payloads of several tensors."""
-    gradients = [several(step, rank, dtype) for rank in range(len(ranks.paths))]
-    flights = [
-        [path.send(name, g, in_place=True) for name, g in own.items()]
-        for path, own in zip(ranks.paths, gradients, strict=True)
-    ]
-    wires = ranks.paths[0].exchange.wires
-    gathered = np.concatenate([wire[name][-1] for wire in wires for name in SEVERAL])
-    return flights, gradients, gathered
-
-
-@pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_group_that_is_received_together_has_the_same_bits(
-    size: int, dtype: Any
-) -> None:
-    ranks, others = Ranks(size, TopK(0.05)), Ranks(size, TopK(0.05))
-    for step in range(3):
-        expected = {
-            name: ranks.step([several(step, r, dtype)[name] for r in range(size)], name)
-            for name in SEVERAL
-        }
-        flights, outs, gathered = send_together(others, step, dtype)
-        for path, own, out in zip(others.paths, flights, outs, strict=True):
-            assert path.receive_together(own, list(out.values()), gathered)
-        for name in SEVERAL:
-            for rank in range(size):
-                same_bits(outs[rank][name], expected[name][rank])
-    sent = [t.sent_bytes for t in others.paths[0].traffic.tensors.values()]
-    assert sent == [t.sent_bytes for t in ranks.paths[0].traffic.tensors.values()]
-
-
-def test_a_group_with_anything_unexpected_is_left_to_be_received_one_by_one() -> None:
-    ranks = Ranks(2, TopK(0.05))
-    flights, outs, gathered = send_together(ranks, 0, np.float32)
-    gathered[7] = 1  # a rank that met something not finite
-    path, arrays = ranks.paths[1], list(outs[1].values())
-    assert not path.receive_together(flights[1], arrays, gathered)
-    assert not path.receive_together(flights[1], arrays, gathered[:-8])
-    assert all(flight.tensor.in_flight for flight in flights[1])
-
-
-def test_a_damaged_payload_of_a_group_is_an_error_that_names_the_tensor() -> None:
-    ranks = Ranks(2, TopK(0.05))
-    flights, outs, gathered = send_together(ranks, 0, np.float32)
-    gathered[-4:] = 255  # the last index
-    path, arrays = ranks.paths[0], list(outs[0].values())
-    with pytest.raises(PayloadError, match=r"d: indices must ascend in \[0, 40000\)"):
-        path.receive_together(flights[0], arrays, gathered)
-    before = path.memory.residuals["d"].copy()
-    path.recall(flights[0][-1])
-    assert not np.array_equal(path.memory.residuals["d"], before)
 
 
 def test_small_gradients_do_not_drift(

@@ -9,10 +9,10 @@ runs the rest. The path knows no framework and no network: arrays are handled by
 
 One path serves one group of ranks and keeps, per tensor, what was not sent. Facts that
 ranks must share (route, k, step, names) come from what all of them know; a peer that
-disagrees becomes a `PayloadError` before its data is used.
+disagrees becomes a `PayloadError` before its data is used. For many small tensors at
+once, `together` does the same with fewer words.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
 from hashlib import blake2b
 from inspect import signature
@@ -40,8 +40,6 @@ from hvd_sparse.core.payload import (
     Header,
     decode,
     encode,
-    locate,
-    payload_bytes,
     step_of,
 )
 from hvd_sparse.core.routing import Dense, Never, WhenCheaper
@@ -76,6 +74,8 @@ class Tensor:
         varies: the sparsifier chooses k from local data.
         clears: the sparsifier can leave zeros where the gradient was.
         dense: this tensor takes the library's own allreduce.
+        plain: its payloads have a fixed size and all there is to know of its entries.
+        grouped: the sparsifier can select from several tensors in one go.
         payload: the last one's bytes; their memory serves the next.
         in_flight: sent and not received yet.
         latest: the step of the rank that is furthest, where ranks may be apart.
@@ -92,6 +92,8 @@ class Tensor:
     varies: bool
     clears: bool
     dense: bool
+    plain: bool
+    grouped: bool
     payload: Bytes | None = None
     in_flight: bool = False
     latest: int = 0
@@ -230,7 +232,7 @@ class GradientPath:
         # accumulate and select in one pass: the residual takes the gradient and keeps
         # what is not selected
         flat = _flat(gradient)
-        out = flat if in_place and tensor.clears and _is_flat(gradient) else None
+        out = flat if in_place and tensor.clears and is_flat(gradient) else None
         selection = self._select(tensor, gradient, flat, out)
         header = tensor.header
         payload, sent = encode(selection, header, tensor.payload)
@@ -264,40 +266,6 @@ class GradientPath:
         self.settle(flight)
         return out
 
-    def receive_together(
-        self, flights: Sequence[Flight], outs: Sequence[Array], gathered: Bytes
-    ) -> bool:
-        """Receive a group in one go, without a word about each: small tensors gain.
-
-        Args:
-            flights: what left in one message, in the order in which it did.
-            outs: as for `receive`.
-            gathered: the messages of all ranks, at an address that is a multiple of 8.
-
-        Returns:
-            False, and nothing was done, where only `receive` will do.
-
-        Raises:
-            PayloadError: a payload is damaged; the text has the tensor.
-        """
-        expected = [flight.tensor.header for flight in flights]
-        alike = {header.dtype for header in expected} in ({"float32"}, {"float64"})
-        if not alike or not all(map(_is_plain, flights, outs)):
-            return False
-        ranks = self.exchange.size
-        table = locate(gathered, expected, ranks)
-        if table is None:
-            return False
-        wrong = kernels_for(outs[0]).aggregate_group(outs, table, self._scale)
-        if wrong >= 0:
-            name, n = flights[wrong].tensor.name, expected[wrong].n
-            raise PayloadError(f"{name}: indices must ascend in [0, {n})")
-        for flight, header in zip(flights, expected, strict=True):
-            size = payload_bytes(header.layout, header.dtype, header.k)
-            self._count(flight.tensor, header.k, size, size * (ranks - 1))
-            self.settle(flight)
-        return True
-
     # receive in halves, for a group that arrives whole or not at all
 
     def hand_back(self, flight: Flight, out: Array) -> None:
@@ -319,6 +287,14 @@ class GradientPath:
         if tensor.in_flight:
             assert tensor.payload is not None
             self._restore(flight, decode(tensor.payload, tensor.header, varies=True))
+
+    def count(self, tensor: Tensor, elements: int, sent: int, received: int) -> None:
+        """Add to `traffic` what one exchange moved: elements sent, and bytes."""
+        traffic = self.traffic.tensor(tensor.name, tensor.route)
+        traffic.sent_bytes += sent
+        traffic.sent_elements += elements
+        traffic.received_bytes += received
+        traffic.dense_bytes += tensor.header.n * tensor.itemsize
 
     # ------------------------------------------------------------ stages, in detail
 
@@ -369,15 +345,8 @@ class GradientPath:
             payloads.append(payload)
         own = received[self.exchange.rank].size
         others = sum(buffer.size for buffer in received) - own
-        self._count(tensor, payloads[self.exchange.rank].values.shape[0], own, others)
+        self.count(tensor, payloads[self.exchange.rank].values.shape[0], own, others)
         return payloads
-
-    def _count(self, tensor: Tensor, elements: int, sent: int, received: int) -> None:
-        traffic = self.traffic.tensor(tensor.name, tensor.route)
-        traffic.sent_bytes += sent
-        traffic.sent_elements += elements
-        traffic.received_bytes += received
-        traffic.dense_bytes += tensor.header.n * tensor.itemsize
 
     def _decode_one(self, flight: Flight, buffer: Bytes) -> Selection:
         """Its indices too, where they did not travel."""
@@ -400,7 +369,7 @@ class GradientPath:
         entries = [(payload.indices, payload.values) for payload in payloads]
         kernels = kernels_for(out)
         try:
-            kernels.aggregate(out.reshape(-1), entries, self._scale, flight.cleared)
+            kernels.aggregate(out.reshape(-1), entries, self.scale, flight.cleared)
         except ValueError as error:
             raise PayloadError(f"{flight.tensor.name}: {error}") from None
 
@@ -409,12 +378,13 @@ class GradientPath:
         tensor = flight.tensor
         total, wire_bytes = self.exchange.finish_dense(flight.handle)
         with np.errstate(over="ignore", invalid="ignore"):
-            total *= total.dtype.type(self._scale)  # the exchange's own buffer
+            total *= total.dtype.type(self.scale)  # the exchange's own buffer
             _copy_to(out, total)
-        self._count(tensor, tensor.header.n, wire_bytes, wire_bytes)
+        self.count(tensor, tensor.header.n, wire_bytes, wire_bytes)
 
     @property
-    def _scale(self) -> float:
+    def scale(self) -> float:
+        """What the sum over ranks is multiplied with."""
         return 1.0 if self.op is Op.Sum else 1.0 / self.exchange.size
 
     # --------------------------------------------------- what ranks decide alike
@@ -460,6 +430,10 @@ class GradientPath:
             varies=varies,
             clears="out" in signature(sparsifier.select).parameters,
             dense=dense,
+            plain=layout == INDEXED
+            and dtype in ("float32", "float64")
+            and not (dense or varies),
+            grouped=hasattr(sparsifier, "select_group"),
             chosen=chosen,
         )
 
@@ -614,21 +588,14 @@ def _copy_to(out: Array, source: Any) -> None:
         out.reshape(-1).copy_(source.reshape(-1))
 
 
-def _is_plain(flight: Flight, out: Array) -> bool:
-    """Of the most common kind: on the host, in place, and with a k that ranks share."""
-    tensor = flight.tensor
-    fixed = tensor.header.layout == INDEXED and not tensor.varies
-    return flight.cleared and fixed and isinstance(out, np.ndarray)
-
-
 def _flat(gradient: Array) -> Array:
     """(n,) contiguous and aligned: a view where that is possible."""
     if isinstance(gradient, np.ndarray):
-        return (gradient if _is_flat(gradient) else gradient.copy()).reshape(-1)
+        return (gradient if is_flat(gradient) else gradient.copy()).reshape(-1)
     return gradient.contiguous().reshape(-1)
 
 
-def _is_flat(gradient: Array) -> bool:
+def is_flat(gradient: Array) -> bool:
     """Whether `_flat` is a view of the same memory."""
     if isinstance(gradient, np.ndarray):
         return gradient.flags.c_contiguous and gradient.flags.aligned

@@ -23,6 +23,7 @@ are an index, ascending, bit 31 is the sign. Every value is plus or minus the sc
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from struct import Struct
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvd_sparse.core.contracts import Array, PayloadError, Selection
+from hvd_sparse.kernels.host import address
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -44,6 +46,7 @@ HEADER_BYTES = 32
 _MAGIC = b"HVSP"
 _HEADER = Struct("<4sBBBBiiqQ")
 _NONFINITE = 1
+_FLAGS_AT = 7
 _INDEX: Any = np.dtype("<i4")
 _VALUES: dict[int, Any] = {4: np.dtype("<f4"), 8: np.dtype("<f8")}
 _SIGN = np.uint32(1 << 31)
@@ -218,6 +221,26 @@ def _packed(header: Header) -> bytes:
     return _HEADER.pack(_MAGIC, VERSION, layout, code, 0, n, k, step, digest)
 
 
+def lay_out(headers: Sequence[Header]) -> tuple[list[Bytes], Array]:
+    """The payloads of a whole group, of layout 1, without their entries.
+
+    Returns:
+        payloads: side by side in fresh memory, in the order of the headers.
+        table: (payloads, 3) int64: where to write indices and values, as addresses,
+            and k.
+    """
+    bounds, table = _places(headers)
+    buffer = np.zeros(bounds[-1], np.uint8)
+    buffer[_of_headers(bounds)] = _packed_together(headers)
+    table[:, :2] += address(buffer)
+    return [buffer[i:j] for i, j in pairwise(bounds.tolist())], table
+
+
+def mark_nonfinite(payload: Bytes) -> None:
+    """This rank met elements that were not finite."""
+    payload[_FLAGS_AT] |= _NONFINITE
+
+
 def locate(buffer: Bytes, expected: Sequence[Header], ranks: int) -> Array | None:
     """Where the entries of a whole group lie, found at once instead of one by one.
 
@@ -230,23 +253,39 @@ def locate(buffer: Bytes, expected: Sequence[Header], ranks: int) -> Array | Non
         (payloads, ranks, 3) int64: addresses of indices and of values, and k. None
         unless every header is just as expected: `decode` says what is the matter.
     """
-    ks = np.array([header.k for header in expected])
-    wide = np.array([value_bytes(header.dtype) for header in expected])
-    sizes = HEADER_BYTES + -(-ks * (wide + 4) // 8) * 8
-    starts = np.cumsum(sizes) - sizes
-    if buffer.size != ranks * sizes.sum():
+    bounds, places = _places(expected)
+    if buffer.size != ranks * bounds[-1]:
         return None
     own = buffer.reshape(ranks, -1)
-    found = own[:, (starts[:, None] + np.arange(HEADER_BYTES)).reshape(-1)]
-    wanted = np.frombuffer(b"".join(map(_packed, expected)), np.uint8)
-    if not (found == wanted).all():
+    if not (own[:, _of_headers(bounds)] == _packed_together(expected)).all():
         return None
-    table = np.empty((len(expected), ranks, 3), np.int64)
-    first = buffer.__array_interface__["data"][0] + own.shape[1] * np.arange(ranks)
-    table[..., 1] = starts[:, None] + HEADER_BYTES + first
-    table[..., 0] = table[..., 1] + (ks * wide)[:, None]
-    table[..., 2] = ks[:, None]
+    table = np.repeat(places[:, None], ranks, axis=1)
+    table[..., :2] += (address(buffer) + bounds[-1] * np.arange(ranks))[:, None]
     return table
+
+
+def _places(headers: Sequence[Header]) -> tuple[Array, Array]:
+    """Where payloads of layout 1 begin and end, side by side, and where their entries.
+
+    Returns:
+        bounds: (payloads + 1,) int64 offsets.
+        table: (payloads, 3) int64: offsets of indices and of values, and k.
+    """
+    ks = np.array([header.k for header in headers])
+    wide = np.array([value_bytes(header.dtype) for header in headers])
+    sizes = HEADER_BYTES + -(-ks * (wide + 4) // 8) * 8
+    bounds = np.concatenate([[0], np.cumsum(sizes)])
+    values = bounds[:-1] + HEADER_BYTES
+    return bounds, np.stack([values + ks * wide, values, ks], axis=1)
+
+
+def _of_headers(bounds: Array) -> Array:
+    """Which bytes of payloads side by side are headers."""
+    return (bounds[:-1, None] + np.arange(HEADER_BYTES)).reshape(-1)
+
+
+def _packed_together(headers: Sequence[Header]) -> Bytes:
+    return np.frombuffer(b"".join(map(_packed, headers)), np.uint8)
 
 
 def _read_signs(buffer: Bytes, header: Header, k: int, nonfinite: int) -> Selection:
@@ -292,22 +331,7 @@ def split(buffer: Bytes, *, each: int = 1, padded: bool) -> list[Bytes]:
     payloads: list[Bytes] = []
     start = first = 0  # of this payload, and of its rank
     while start < buffer.size:
-        fields = (
-            _HEADER.unpack_from(buffer.data, start)
-            if buffer.size - start >= HEADER_BYTES
-            else (b"", 0, 0, 0, 0, 0, 0, 0, 0)
-        )
-        magic, version, layout, code, _, _, k, _, _ = fields
-        if (magic, version) != (_MAGIC, VERSION) or k < 0:
-            raise PayloadError(
-                f"rank {len(payloads) // each}: format {magic!r} version {version}, "
-                f"expected {_MAGIC!r} version {VERSION}"
-            )
-        if layout not in LAYOUTS:
-            raise PayloadError(
-                f"rank {len(payloads)}: layout {layout}, expected 1 to 3"
-            )
-        size = payload_bytes(layout, code, k)
+        size = _size_at(buffer, start, len(payloads) // each)
         payloads.append(buffer[start : start + size])
         start += size
         if len(payloads) % each == 0:
@@ -320,6 +344,22 @@ def split(buffer: Bytes, *, each: int = 1, padded: bool) -> list[Bytes]:
             f"{start - buffer.size + payloads[-1].size}"
         )
     return payloads
+
+
+def _size_at(buffer: Bytes, start: int, rank: int) -> int:
+    """Bytes of the payload that begins there, as its header has it."""
+    header = buffer.data[start : start + HEADER_BYTES]
+    whole = len(header) == HEADER_BYTES
+    fields: tuple[Any, ...] = _HEADER.unpack(header) if whole else (b"", *[0] * 8)
+    magic, version, layout, code, _, _, k, _, _ = fields
+    if (magic, version) != (_MAGIC, VERSION) or k < 0:
+        raise PayloadError(
+            f"rank {rank}: format {magic!r} version {version}, "
+            f"expected {_MAGIC!r} version {VERSION}"
+        )
+    if layout not in LAYOUTS:
+        raise PayloadError(f"rank {rank}: layout {layout}, expected 1 to 3")
+    return payload_bytes(layout, code, k)
 
 
 def _disagreement(found: Header, wanted: Header) -> str:

@@ -5,6 +5,7 @@ How the elements are found is the business of `hvd_sparse.kernels`.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -101,6 +102,22 @@ class TopK:
         del step
         kernels = kernels_for(residual)
         return Selection(*kernels.select_top(residual, gradient, k, out))
+
+    def select_group(
+        self, residuals: Sequence[Array], gradients: Sequence[Array], table: Array
+    ) -> Sequence[int]:
+        """As select in place for many arrays on the host, of one dtype.
+
+        Args:
+            residuals: (n,) each.
+            gradients: (n,) each, of the residuals' dtype.
+            table: (arrays, 3) int64: addresses where to write the indices and the
+                values of each, and its k.
+
+        Returns:
+            Of each, how many sums were not finite.
+        """
+        return host.select_group(residuals, gradients, table)
 
 
 @dataclass(frozen=True)

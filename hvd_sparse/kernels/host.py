@@ -31,6 +31,7 @@ from hvd_sparse.kernels.lanes import (
     LANES,
     accumulate16,
     bit_count,
+    clear16,
     from_bits,
     lowest_bit,
     magnitude_bits,
@@ -41,8 +42,8 @@ from hvd_sparse.kernels.threads import parts, run_parts
 Array = npt.NDArray[Any]
 Selected = tuple[Array, Array, int]
 
-_DIGIT_BITS = 11
-_ALL_DIGITS = 6  # of the 63 bits of a float64; a float32 has fewer
+_DIGIT_BITS = 11  # at most: of fewer elements, the digits have fewer bits
+_ALL_DIGITS = 63  # more than there ever are
 _SPARE = 4096  # candidates a buffer holds beyond twice what is asked for
 _DIRECT = 4096  # up to this size every element is a candidate: sampling costs more
 _CHUNK = 1 << 14  # elements of the handed-back gradient finished while in cache
@@ -68,12 +69,15 @@ def _kth_magnitude(values: Any, count: int, k: int, digits: int) -> Any:
     k largest.
     """
     shift = values.itemsize * 8 - 1
+    bits = 4  # of a digit: as many counters as elements, or clearing them takes longer
+    while bits < _DIGIT_BITS and (1 << bits) < count:
+        bits += 1
     # two counters a digit: neighbours often share one, and would wait for each other
-    histogram = np.empty((1 << _DIGIT_BITS, 2), np.int32)
+    histogram = np.empty((1 << bits, 2), np.int32)
     prefix = np.uint64(0)
     while shift > 0 and digits > 0:
         digits -= 1
-        low = max(shift - _DIGIT_BITS, 0)
+        low = max(shift - bits, 0)
         most = (np.uint64(1) << np.uint64(shift - low)) - np.uint64(1)
         histogram[:] = 0
         for i in range(count):
@@ -118,13 +122,15 @@ def _accumulate(
     residual: Any,
     gradient: Any,
     stride: int,
+    out: Any,
+    clears: bool,
     first: int,
     stop: int,
     bound: Any,
     blocks: Any,
     masks: Any,
 ) -> int:
-    """Overwrites residual[first:stop] with residual + gradient.
+    """Overwrites residual[first:stop] with residual + gradient, and may clear out.
 
     Notes the blocks of 16 in which something reaches the bound or is not finite. No
     branch: hits are rare and come at random, so branches would be mispredicted.
@@ -135,6 +141,8 @@ def _accumulate(
     whole = stop - (stop - first) % LANES
     for at in range(first, whole, LANES):
         mask = accumulate16(residual, at, residual, at, gradient, at * stride, bound)
+        if clears:  # the same every time, while out, the gradient, is in a register
+            clear16(out, at)
         blocks[noted] = at
         masks[noted] = mask
         noted += mask != 0
@@ -148,6 +156,8 @@ def _accumulate(
         mask = accumulate16(padded, 0, padded, 0, added, 0, bound)
         for i in range(left):
             residual[whole + i] = padded[i]
+        if clears:
+            out[whole:stop] = 0
         real = (np.uint64(1) << np.uint64(left)) - np.uint64(1)
         blocks[noted] = whole
         masks[noted] = mask & (real | (real << np.uint64(LANES)))
@@ -161,7 +171,7 @@ def _compact(
     gradient: Any,
     stride: int,
     out: Any,
-    out_stride: int,
+    clears: bool,
     first: int,
     stop: int,
     bound: Any,
@@ -173,7 +183,7 @@ def _compact(
 
     Candidates reach the bound; they move to the buffers while still in cache. With
     stride 0 the gradient is 16 times -0.0, which leaves every residual as it is.
-    out[first:stop], which may be the gradient, becomes 0; with out_stride 0 it stays.
+    Where it clears, out[first:stop], which may be the gradient, becomes 0.
 
     Returns how many candidates there are and how many sums were not finite.
     """
@@ -184,8 +194,9 @@ def _compact(
     masks = np.empty(_STRETCH // LANES + 1, np.uint64)
     for low in range(first, stop, _STRETCH):
         high = min(low + _STRETCH, stop)
-        noted = _accumulate(residual, gradient, stride, low, high, bound, blocks, masks)
-        out[low * out_stride : high * out_stride] = 0
+        noted = _accumulate(
+            residual, gradient, stride, out, clears, low, high, bound, blocks, masks
+        )
         for note in range(noted):
             if count > capacity:
                 bound = _keep_largest(residual, indices, values, count, limit)
@@ -254,17 +265,17 @@ def _select_top(
     Returns how many sums were not finite; the entries are the first k of the buffers.
     """
     n = residual.size
-    stride = int(out.size == n)  # an empty one stays as it is
+    clears = out.size == n  # an empty one stays as it is
     bound = _estimate(residual, gradient, 1, k, 1)
     count, nonfinite = _compact(
-        residual, gradient, 1, out, stride, 0, n, bound, k, indices, values
+        residual, gradient, 1, out, clears, 0, n, bound, k, indices, values
     )
     wide = 4
     while count < k:  # the sums are in the residual now: scan it again, adding nothing
         _add_at(residual, indices[:count], values[:count])
         bound = _estimate(residual, nothing, 0, k, wide)
         count, _ = _compact(
-            residual, nothing, 0, out, 0, 0, n, bound, k, indices, values
+            residual, nothing, 0, out, False, 0, n, bound, k, indices, values
         )
         wide = n  # then every element is a candidate
     if count > k:
@@ -283,6 +294,14 @@ def _take_at(residual: Any, indices: Any, values: Any) -> None:
 def _add_at(residual: Any, indices: Any, values: Any) -> None:
     for i in range(indices.size):
         residual[indices[i]] += values[i]
+
+
+_INDICES = np.empty(0, np.int32)
+
+
+def address(array: Array) -> int:
+    """Of its first element."""
+    return int(array.__array_interface__["data"][0])
 
 
 def _lane_view(gradient: Array) -> Array:
@@ -308,7 +327,7 @@ def _candidates(
 ) -> Selected:
     """One pass over memory: accumulate, clear, and collect what reaches the bound."""
     size = residual.size
-    out_stride = int(out.size == size)
+    clears = out.size == size
 
     def one_part(first: int, stop: int) -> Selected:
         indices, values = _buffers(residual, stop - first, limit)
@@ -317,7 +336,7 @@ def _candidates(
             gradient,
             stride,
             out,
-            out_stride,
+            clears,
             first,
             stop,
             bound,
@@ -369,7 +388,7 @@ def select_top(
     lanes = _lane_view(gradient)
     cleared = _cleared_view(out, lanes)
     nothing = _NOTHING[residual.dtype.itemsize]
-    if len(parts(residual.size, LANES)) == 1:
+    if is_one_part(residual.size):
         indices, values = _buffers(residual, residual.size, k)
         nonfinite = _select_top(residual, lanes, cleared, nothing, k, indices, values)
         return indices[:k], values[:k], nonfinite
@@ -383,6 +402,63 @@ def select_top(
         bound = _estimate(residual, nothing, 0, k, wide)
         indices, values, _ = _candidates(residual, nothing, kept, 0, bound, k)
     return *_cut(residual, indices, values, k), nonfinite
+
+
+def is_one_part(size: int) -> bool:
+    """Whether an array of this size is the work of one thread."""
+    return len(parts(size, LANES)) == 1
+
+
+def accumulate(residual: Array, gradient: Array) -> None:
+    """Overwrites residual with residual + gradient where that is finite."""
+    none = residual.dtype.type(np.inf)
+    lanes = _lane_view(gradient)
+    _candidates(residual, lanes, _cleared_view(None, lanes), 1, none, 0)
+
+
+@_jit
+def _select_group(
+    arrays: Any, table: Any, like: Any, indices_like: Any, nothing: Any, flags: Any
+) -> None:
+    most = min(arrays[:, 2].max(), 2 * table[:, 2].max() + _SPARE) + LANES
+    indices, values = np.empty(most, np.int32), np.empty(most, like.dtype)
+    for each in range(arrays.shape[0]):
+        n, k = arrays[each, 2], table[each, 2]
+        residual = carray(pointer_to(arrays[each, 0], like), (n,))
+        gradient = carray(pointer_to(arrays[each, 1], like), (n,))
+        flags[each] = _select_top(
+            residual, gradient, gradient, nothing, k, indices, values
+        )
+        carray(pointer_to(table[each, 0], indices_like), (k,))[:] = indices[:k]
+        carray(pointer_to(table[each, 1], like), (k,))[:] = values[:k]
+
+
+def select_group(
+    residuals: Sequence[Array], gradients: Sequence[Array], table: Array
+) -> list[int]:
+    """As select_top in place, for many arrays in one call and one thread.
+
+    Args:
+        residuals: m arrays, (n,), all float32 or all float64.
+        gradients: m arrays of the residuals' dtype, contiguous; they become 0.
+        table: (m, 3) int64: addresses where to write indices and values, and k.
+
+    Returns:
+        Of each, how many sums were not finite.
+    """
+    like = residuals[0]
+    arrays = np.array(
+        [
+            (address(residual), address(gradient), residual.size)
+            for residual, gradient in zip(residuals, gradients, strict=True)
+        ],
+        np.int64,
+    )
+    nonfinite = np.empty(len(arrays), np.int64)
+    nothing = _NOTHING[like.dtype.itemsize]
+    _select_group(arrays, table, like, _INDICES, nothing, nonfinite)
+    found: list[int] = nonfinite.tolist()
+    return found
 
 
 def select_above(
@@ -492,13 +568,6 @@ def _scale_blocks(out: Any, touched: Any, scale: Any) -> None:
                 out[i] *= scale
 
 
-def _address(array: Array) -> int:
-    return int(array.__array_interface__["data"][0])
-
-
-_INDICES = np.empty(0, np.int32)
-
-
 def aggregate(
     out: Array,
     payloads: list[tuple[Array, Array]],
@@ -516,9 +585,7 @@ def aggregate(
     Raises:
         ValueError: some indices are not ascending in [0, n).
     """
-    table = np.array(
-        [[_address(i), _address(v), i.size] for i, v in payloads], np.int64
-    )
+    table = np.array([[address(i), address(v), i.size] for i, v in payloads], np.int64)
     if out.dtype.itemsize > 2:
         taken = _sum_wide(out, table, scale, cleared)
     else:
@@ -554,7 +621,7 @@ def aggregate_group(outs: Sequence[Array], table: Array, scale: float) -> int:
     Returns:
         The place in outs of an array whose indices do not ascend in [0, n), or -1.
     """
-    places = np.array([[_address(out), out.size] for out in outs], np.int64)
+    places = np.array([[address(out), out.size] for out in outs], np.int64)
     like = outs[0].reshape(-1)
     factor = like.dtype.type(scale)
     return int(_aggregate_group(places, table, _INDICES, like, factor))

@@ -106,6 +106,11 @@ class Batch:
         """Empty; `name` is that of the allgather."""
         self.name = name
         self.members = frozenset(members)
+        self.clear()
+
+    def clear(self) -> None:
+        """Empty again."""
+        self.present: set[str] = set()  # some of them may have no payload yet
         self.payloads: dict[str, Array] = {}
         self.handle: int | None = None
 
@@ -113,6 +118,13 @@ class Batch:
     def complete(self) -> bool:
         """Whether all members have a payload."""
         return len(self.payloads) == len(self.members)
+
+    @property
+    def awaited(self) -> list[str]:
+        """Once all members are present, those of them without a payload."""
+        if len(self.present) < len(self.members):
+            return []
+        return sorted(self.present - self.payloads.keys())
 
     def joined(self, *, padded: bool) -> Array:
         """(bytes,) uint8: the payloads in the order of their names, and padding."""
@@ -147,6 +159,7 @@ class Arrival:
 class GatheredExchange(_HorovodExchange):
     """Allgathers of payloads; Horovod reduces two numbers beside each."""
 
+    batched = True
     weight = 1
     uneven = False
 
@@ -173,15 +186,19 @@ class GatheredExchange(_HorovodExchange):
         """
         self.forget()
         members: list[str] = []
-        for number, name in enumerate(sorted(sizes, key=_natural)):
+        size = 0
+        for name in sorted(sizes, key=_natural):
             members.append(name)
-            if (
-                sum(sizes[n] for n in members) >= BATCH_BYTES
-                or number == len(sizes) - 1
-            ):
-                batch = Batch(f"{self._prefix}.batch.{members[0]}", members)
-                self._batches.update(dict.fromkeys(members, batch))
-                members = []
+            size += sizes[name]
+            if size >= BATCH_BYTES:
+                self._share(members)
+                members, size = [], 0
+        if members:
+            self._share(members)
+
+    def _share(self, members: list[str]) -> None:
+        batch = Batch(f"{self._prefix}.batch.{members[0]}", members)
+        self._batches.update(dict.fromkeys(members, batch))
 
     def forget(self) -> None:
         """Nothing is planned either."""
@@ -190,22 +207,37 @@ class GatheredExchange(_HorovodExchange):
         self._batches.clear()
         self._arrived.clear()
 
+    def announce(self, name: str) -> list[str]:
+        """A payload of this tensor will come.
+
+        Returns:
+            With the last one of a batch, all of which no payload has come: as the batch
+            leaves when it is complete, they may as well be made in one go.
+        """
+        return self._enter(name).awaited
+
     def start(self, name: str, payload: Array) -> str:
         """The payload leaves with the last one of its batch."""
-        if name not in self._batches:
-            self._batches[name] = Batch(f"{self._prefix}.{name}", [name])
-        batch = self._batches[name]
-        if batch.handle is not None:
-            self._restart(batch, name)
+        batch = self._enter(name)
         batch.payloads[name] = payload
         if batch.complete:
             self._gather(batch)
         return name
 
+    def _enter(self, name: str) -> Batch:
+        self._arrived.pop(name, None)  # of a step that was given up after it came
+        if name not in self._batches:
+            self._batches[name] = Batch(f"{self._prefix}.{name}", [name])
+        batch = self._batches[name]
+        if batch.handle is not None:
+            self._restart(batch, name)
+        batch.present.add(name)
+        return batch
+
     def _restart(self, batch: Batch, name: str) -> None:
         """The batch has left: with this tensor in a step that was given up, or late."""
         if name in batch.payloads:
-            batch.payloads, batch.handle = {}, None
+            batch.clear()
         else:
             self._await(batch)
 
@@ -218,7 +250,7 @@ class GatheredExchange(_HorovodExchange):
 
     def _await(self, batch: Batch) -> None:
         names, handle = sorted(batch.payloads), batch.handle
-        batch.payloads, batch.handle = {}, None
+        batch.clear()
         gathered = horovod().synchronize(handle)
         if gathered is None:
             raise ExchangeError("Horovod was shut down with payloads on their way")
@@ -265,9 +297,14 @@ class GatheredExchange(_HorovodExchange):
         total, first, *_ = result.tolist()
         return _op_of(total, first, size=self.size)
 
-    def bytes_beside(self, reduced: Tensor) -> tuple[int, int]:
-        """Bytes sent and received that the path does not count: not of a payload."""
-        beside = reduced.numel() * reduced.element_size()
+    def bytes_beside(self, reduced: Tensor, tensors: int) -> tuple[int, int]:
+        """Bytes sent and received that the path does not count: not of a payload.
+
+        Args:
+            reduced: what Horovod made of the numbers of a tensor.
+            tensors: how many have arrived.
+        """
+        beside = tensors * reduced.numel() * reduced.element_size()
         padding, self._padding = self._padding, 0
         return beside + padding, beside + padding * (self.size - 1)
 
@@ -281,6 +318,7 @@ def _natural(name: str) -> list[tuple[str, int]]:
 class EmbeddedExchange(_HorovodExchange):
     """Payloads inside the tensor that Horovod reduces."""
 
+    batched = False
     weight = 4  # twice the bytes, and an allreduce moves each of them twice
     uneven = True
 
@@ -292,6 +330,10 @@ class EmbeddedExchange(_HorovodExchange):
 
     def plan(self, sizes: dict[str, int]) -> None:
         """Every payload travels alone."""
+
+    def announce(self, name: str) -> list[str]:
+        """Nothing waits for it."""
+        return []
 
     def forget(self) -> None:
         """Nor has it arrived."""
@@ -321,8 +363,9 @@ class EmbeddedExchange(_HorovodExchange):
         """They came with what Horovod reduced."""
         return self._payloads.pop(handle)
 
-    def bytes_beside(self, reduced: Tensor) -> tuple[int, int]:
-        """Bytes sent and received that the path does not count: not of a payload."""
+    def bytes_beside(self, reduced: Tensor, tensors: int) -> tuple[int, int]:
+        """As above, of one tensor."""
+        assert tensors == 1
         whole = reduced.numel() * reduced.element_size()
         payload = 2 * (reduced.numel() // self.size - 1)
         return whole - payload, whole - (self.size - 1) * payload

@@ -12,8 +12,9 @@
 Horovod calls `compress` with a gradient, reduces what it returns, and calls
 `decompress` with the result. So `compress` sends the gradient on its path and returns
 two numbers for Horovod to reduce, and `decompress` receives it. From what became of the
-two numbers it learns the op, which Horovod does not tell. Meanwhile the gradient, whose
-place the result will take, is all zeros.
+two numbers it learns the op, which Horovod does not tell. Most gradients wait until the
+last one of their batch is there, and are then sent together. From then on the gradient,
+whose place the result will take, is all zeros.
 """
 
 import threading
@@ -27,6 +28,7 @@ from hvd_sparse.carriers import Carrier, Embedded, Gathered
 from hvd_sparse.core.contracts import Average, ExchangeError, Op, Sparsifier
 from hvd_sparse.core.path import Flight, GradientPath
 from hvd_sparse.core.routing import Dense, WhenCheaper
+from hvd_sparse.core.together import Together
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.torch import elastic
 from hvd_sparse.torch.exchanges import (
@@ -136,6 +138,7 @@ class SparseCompressor:
         self._path = GradientPath(sparsifier, self._carrier, op=expected, dense=dense)
         if op is None:
             self._path.op_name = "the optimizer's"
+        self._together = Together(self._path)
         self._names = ParameterNames(named_parameters)
         self._under_way: dict[str, Context] = {}
         self._planned = False
@@ -199,10 +202,9 @@ class SparseCompressor:
         with self._lock:
             if ctx.flight is None:
                 self._receive_dense(tensor, ctx)
-            else:
+            elif ctx.flight.tensor.in_flight or ctx.name in self._together.held:
                 self._receive(tensor, ctx, ctx.flight)
-            self._watchdog.received(ctx.name)
-            return ctx.gradient
+            return ctx.gradient  # received, some with the first of their batch
 
     # ---------------------------------------------------------------------- there
 
@@ -229,10 +231,14 @@ class SparseCompressor:
             )
         if known.in_flight:  # its result was never asked for: a step was given up
             self._path.recall(self._under_way[name].sent)
-        flight = self._path.send(name, array, in_place=True)
+        due = self._carrier.announce(name)
+        flight = self._together.hold(known, array) if self._carrier.batched else None
+        if flight is None:
+            flight = self._path.send(name, array, in_place=True)
         context = Context(name, gradient, flight, array, gradient._version)
         self._under_way[name] = context
         self._watchdog.sent(name, step)
+        self._together.send(n for n in due if n in self._together.held)
         return self._carrier.to_reduce(flight.handle), context
 
     def _send_dense(self, name: str, gradient: Tensor) -> Tensor:
@@ -247,33 +253,50 @@ class SparseCompressor:
     # ------------------------------------------------------------------- and back
 
     def _receive(self, reduced: Tensor, ctx: Context, flight: Flight) -> None:
+        arrived = [ctx]
         try:
+            if self._together.held:  # of batches that are not complete
+                self._together.send(list(self._together.held))
             self._path.op = self._found(self._carrier.reduced(flight.handle, reduced))
-            if flight.tensor.in_flight and not self._receive_batch(flight):
+            if batch := self._receive_batch(flight):
+                arrived = batch
+            else:
                 self._receive_alone(ctx, flight)
         except BaseException as error:
             self._path.recall(flight)
-            self._watchdog.received(ctx.name)
             if self._watchdog.gave_up and not self._shutdown.recovers:
                 raise ExchangeError(self._watchdog.gave_up) from error
             raise  # elastic training recovers from Horovod's own error alone
-        sent, received = self._carrier.bytes_beside(reduced)
+        finally:
+            for context in arrived:
+                self._forget(context.name)
+        sent, received = self._carrier.bytes_beside(reduced, len(arrived))
         self.traffic.overhead_sent_bytes += sent
         self.traffic.overhead_received_bytes += received
         self.traffic.steps = max(self.traffic.steps, flight.tensor.header.step)
 
-    def _receive_batch(self, flight: Flight) -> bool:
-        """With all that it arrived with, where that can be."""
+    def _forget(self, name: str) -> None:
+        """It is not under way any more; what is there holds the gradient alive."""
+        self._under_way.pop(name, None)
+        self._watchdog.received(name)
+
+    def _receive_batch(self, flight: Flight) -> list[Context]:
+        """Receive all that it arrived with, where that can be; returns what it was."""
         if not isinstance(self._carrier, GatheredExchange):
-            return False
+            return []
         arrival = self._carrier.arrive(flight.handle)
-        contexts = [self._under_way[name] for name in arrival.names]
-        done = all(c.untouched for c in contexts) and self._path.receive_together(
-            [c.sent for c in contexts], [c.array for c in contexts], arrival.buffer
+        contexts = [c for n in arrival.names if (c := self._under_way.get(n))]
+        done = (
+            len(contexts) == len(arrival.names)  # none was received alone
+            and all(context.untouched for context in contexts)
+            and self._together.receive(
+                [c.sent for c in contexts], [c.array for c in contexts], arrival.buffer
+            )
         )
-        if done:
-            self._carrier.drop(arrival)
-        return done
+        if not done:
+            return []
+        self._carrier.drop(arrival)
+        return contexts
 
     def _receive_alone(self, ctx: Context, flight: Flight) -> None:
         gradient = ctx.gradient
@@ -287,16 +310,13 @@ class SparseCompressor:
             gradient.copy_(out)
 
     def _receive_dense(self, reduced: Tensor, ctx: Context) -> None:
+        self._forget(ctx.name)
         if reduced is not ctx.gradient:
             ctx.gradient.copy_(reduced)
         known = self._path.tensors[ctx.name]
         known.at_step(known.header.step + 1)
-        traffic = self.traffic.tensor(ctx.name, known.route)
         wire_bytes = reduced.numel() * reduced.element_size()
-        traffic.sent_bytes += wire_bytes
-        traffic.sent_elements += reduced.numel()
-        traffic.received_bytes += wire_bytes
-        traffic.dense_bytes += known.header.n * known.itemsize
+        self._path.count(known, reduced.numel(), wire_bytes, wire_bytes)
         self.traffic.steps = max(self.traffic.steps, known.header.step)
 
     def _found(self, op: Op) -> Op:
@@ -370,6 +390,7 @@ class SparseCompressor:
 
     def _forget_flights(self) -> None:
         self._under_way.clear()
+        self._together.forget()
         self._carrier.forget()
         self._planned = False  # routes depend on the number of ranks
         self._watchdog.forget()

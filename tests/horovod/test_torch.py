@@ -1,9 +1,11 @@
 """SparseCompressor in a real hvd.DistributedOptimizer; 2 ranks or more."""
 
 import copy
+import gc
 import logging
 import threading
 import time
+import weakref
 
 import horovod.torch as hvd
 import members
@@ -21,13 +23,16 @@ from hvd_sparse import (
     Gathered,
     Never,
     RandomK,
+    Selection,
     SignTopK,
     Stochastic,
     Threshold,
     TopK,
     WhenCheaper,
 )
+from hvd_sparse.core.payload import INDEXED, Header, decode, encode
 from hvd_sparse.torch import measure
+from hvd_sparse.torch.exchanges import GatheredExchange
 from hvd_sparse.torch.horovod import SparseCompressor
 
 CARRIERS = [Gathered(), Embedded()]
@@ -754,6 +759,35 @@ def test_a_step_that_was_given_up_loses_nothing():
     np.testing.assert_array_equal(
         parameter.grad[4:], 2 * hvd.size() * np.arange(5.0, 9.0)
     )
+
+
+def test_a_batch_that_came_in_a_step_that_was_given_up_is_not_taken_for_the_next():
+    exchange = GatheredExchange(lambda: hvd.global_process_set, "twice", padded=False)
+    exchange.plan({"a": 8, "b": 8})
+    header = Header(INDEXED, "float32", n=9, k=1, step=0, digest=0)
+    for value in (1.0, 2.0):  # of both steps, only the second is asked for
+        entry = Selection(np.array([3], np.int32), np.array([value], np.float32), 0)
+        for name in "ab":
+            exchange.start(name, encode(entry, header)[0])
+        exchange.arrive("a")
+    for name in "ab":
+        payloads = exchange.finish(name)
+        found = [decode(payload, header).values.tolist() for payload in payloads]
+        assert found == [[2.0]] * hvd.size()
+
+
+@pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
+@pytest.mark.parametrize("dense", [Never(), WhenCheaper()], ids=repr)
+def test_no_gradient_outlives_its_step(dense, carrier):
+    model = perceptron()
+    compression = compressor(model, dense=dense, exchange=carrier)
+    optimizer = wrap(model, compression)
+    loss_of(model, 0).backward()
+    gradients = [weakref.ref(p.grad) for p in model.parameters()]
+    optimizer.step()
+    optimizer.zero_grad()
+    gc.collect()
+    assert [ref() for ref in gradients] == [None] * 4
 
 
 def test_a_straggler_is_warned_about_and_awaited(monkeypatch, caplog):
