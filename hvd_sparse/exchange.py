@@ -49,11 +49,11 @@ _PAUSE_S = 2e-4
 _FAREWELL_S = 5.0  # how long a failing rank waits for one more peer to hear of it
 _REASON_BYTES = 1024
 _WORD = 8
-_LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE")
+LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE")
 
 # Open MPI from PyPI aborts a process that was not started by mpirun, unless it is told
 # that it is alone. Set before anything imports mpi4py.MPI.
-if not any(name in os.environ for name in _LAUNCHER_VARIABLES):
+if not any(name in os.environ for name in LAUNCHER_VARIABLES):
     os.environ.setdefault("OMPI_MCA_ess_singleton_isolated", "1")
 
 

@@ -73,6 +73,11 @@ done
 [[ $RANKS =~ ^[1-9][0-9]*$ ]] || fail "--ranks must be a positive number, got $RANKS"
 [[ -x $VENV/bin/horovodrun ]] || fail "Horovod is not in .venv: call launch/build-horovod"
 
+if [[ $TRANSPORT == --gloo && -z $DRY_RUN ]] && ! getent hosts "$(uname -n)" >/dev/null; then
+    # Gloo looks its own host up, whatever the interface is, and crashes without an answer
+    fail "this host's own name, $(uname -n), does not resolve: add it to /etc/hosts, or use --mpi"
+fi
+
 COMMAND=(
     env
     PATH="$VENV/bin:$PATH" # with --mpi horovodrun looks for mpirun there

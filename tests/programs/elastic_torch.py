@@ -1,12 +1,13 @@
 """One worker of an elastic job; started by tests/test_elastic.py.
 
 horovodrun --gloo -np 3 --min-np 2 --host-discovery-script HOSTS \
-    python tests/programs/elastic_torch.py FACTS FAULT SIZES
+    python tests/programs/elastic_torch.py FACTS FAULT SIZES [BATCHES]
 
 FAULT in the middle of a backward pass: "kill", the worker that started as rank 0 kills
 itself; "late", rank 1 comes late; or "none". With "forget" the state does not have the
-compressor. Workers train until the job has had all SIZES, one after the other. Facts go
-to a file, a JSON object a line: lines of several workers do not mix there.
+compressor. Workers train until the job has had all SIZES, one after the other, and so
+many BATCHES. Facts go to a file, a JSON object a line: lines of several workers do not
+mix there.
 """
 
 import hashlib
@@ -29,6 +30,7 @@ LONGER = 10  # batches that show that training goes on
 
 facts_file, fault = sys.argv[1:3]
 plan = tuple(int(size) for size in sys.argv[3].split(","))
+batches = int(sys.argv[4]) if len(sys.argv) > 4 else 0
 
 hvd.init()
 # Gloo's time limit is short at first, since some survivors notice a death by it alone.
@@ -148,7 +150,7 @@ def train(state):
     tell("enters")
     if state.sizes[-1:] != (hvd.size(),):
         state.sizes = (*state.sizes, hvd.size())
-    enough = state.batch + LONGER
+    enough = max(state.batch + LONGER, batches)
     facts["lost"] = lost_in(step)
     while state.sizes != plan or state.batch < enough:
         if state.batch >= enough:

@@ -49,7 +49,8 @@ def step():
 
 for _ in range(4):  # warm: everything is compiled, and all pages are there
     step()
-grown, moved = sorted(step() for _ in range(5))[2]  # the system's own needs vary
+# the median of many: a system short of memory takes cold pages, which then come back
+grown, moved = sorted(step() for _ in range(21))[10]
 assert traffic.tensors["w"].route == "sparse"
 os.write(1, f"{grown} {moved}\n".encode())
 reduce.close()

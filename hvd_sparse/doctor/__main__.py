@@ -1,0 +1,148 @@
+"""The command: python -m hvd_sparse.doctor, alone or after mpirun or horovodrun."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hvd_sparse.doctor import installed
+from hvd_sparse.doctor.local import measure_local
+from hvd_sparse.doctor.model import tensors_in, tensors_of
+from hvd_sparse.doctor.network import Network, measure_network
+from hvd_sparse.doctor.prediction import predict, verdict
+from hvd_sparse.doctor.transport import DOORS, Transport, found_door, open_door
+
+DESCRIPTION = """What is installed and built; and, after mpirun or horovodrun, what the
+network of this job can do, and whether sparsification will pay on it:
+
+  python -m hvd_sparse.doctor
+  mpirun -np 2 python -m hvd_sparse.doctor --parameters 25000000
+  horovodrun -np 2 python -m hvd_sparse.doctor --checkpoint model.pt
+"""
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hvd_sparse.doctor",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument(
+        "--parameters", type=int, default=25_000_000, help="of the model (25000000)"
+    )
+    model.add_argument(
+        "--checkpoint", type=Path, help="of the model: torch, .npz, .h5 or .keras"
+    )
+    parser.add_argument(
+        "--density", type=float, nargs="+", default=[0.01, 0.001], help="in (0, 1]"
+    )
+    parser.add_argument(
+        "--door", choices=DOORS, help="horovod in a job of horovodrun --mpi"
+    )
+    parser.add_argument("--json", type=Path, help="write what was found there too")
+    return parser.parse_args(arguments)
+
+
+def examine(arguments: argparse.Namespace, transport: Transport) -> dict[str, Any]:
+    """All facts; collective over the job's ranks."""
+    over_gloo = transport.door == "horovod" and "MPI" not in transport.carrier
+    found: dict[str, Any] = {
+        "installed": installed.versions(),
+        "horovod": installed.horovod(),
+        "mpi": {}
+        if over_gloo
+        else installed.mpi(),  # a job over Gloo must not start it
+    }
+    if transport.size == 1:
+        found["verdict"] = (
+            "To learn what the network can do, start this on several ranks: "
+            "mpirun -np 2 python -m hvd_sparse.doctor"
+        )
+        return found
+    return {**found, **_prognosis(arguments, transport)}
+
+
+def _prognosis(arguments: argparse.Namespace, transport: Transport) -> dict[str, Any]:
+    sizes = _tensors(arguments, transport)
+    network = measure_network(transport)
+    ranks = transport.size
+    locals_ = {d: measure_local(sizes, d, ranks) for d in arguments.density}
+    rows = predict(sizes, network, locals_)
+    hosts = transport.hosts()
+    return {
+        "job": {
+            "ranks": ranks,
+            "hosts": len(set(hosts)),
+            "host names": ", ".join(sorted(set(hosts))),
+            "carried by": transport.carrier,
+        },
+        "network": _collectives(network),
+        "model": {"parameters": sum(sizes), "tensors": len(sizes)},
+        "predictions": [row._asdict() for row in rows],
+        "verdict": verdict(rows),
+    }
+
+
+def _tensors(arguments: argparse.Namespace, transport: Transport) -> list[int]:
+    """Of the model; other hosts need not have the checkpoint: rank 0 reads it."""
+    path, sizes, wrong = arguments.checkpoint, None, "rank 0 can not read the model"
+    if transport.rank == 0:
+        try:
+            sizes = tensors_in(path) if path else tensors_of(arguments.parameters)
+        except Exception as error:  # whatever it is: the others wait to hear of it
+            wrong = str(error)
+            if path and str(path) not in wrong:
+                wrong = f"{path}: {wrong}"
+    shared = transport.share(sizes)
+    if shared is None:
+        raise ValueError(wrong)
+    return shared
+
+
+def _collectives(network: Network) -> dict[str, dict[str, Any]]:
+    named = {
+        "allgather": network.allgather,
+        "allreduce": network.allreduce,
+        "allreduce fp16": network.allreduce_half,
+    }
+    return {
+        name: {
+            "latency_s": collective.latency_s,
+            "per_byte_s": collective.per_byte_s,
+            **asdict(collective),
+        }
+        for name, collective in named.items()
+    }
+
+
+def main() -> None:
+    """Examine, and report on rank 0."""
+    arguments = parse(sys.argv[1:])
+    try:
+        transport = open_door(arguments.door or found_door())
+        found = examine(arguments, transport)
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"hvd_sparse.doctor: {error}")
+    if transport.rank:
+        return
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    try:
+        from rich.console import Console
+
+        from hvd_sparse.doctor.report import show
+    except ImportError:
+        sys.exit(
+            "hvd_sparse.doctor needs rich for its tables: "
+            "pip install 'hvd_sparse[doctor]'"
+        )
+    show(found, Console(color_system=None))  # ranks always believe in a terminal
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What a step takes on this machine alone: the real path, without a network."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hvd_sparse.core.path import GradientPath
+from hvd_sparse.core.sparsifiers import TopK
+
+Array = npt.NDArray[Any]
+
+MOST_ELEMENTS = 30_000_000  # are tried; a larger model takes so much longer
+STEPS = 4
+
+
+class Local(NamedTuple):
+    """One rank's share of a step.
+
+    Attributes:
+        seconds: to accumulate, select, encode, aggregate and hand back.
+        payload_bytes: what goes sparse sends.
+        dense_bytes: of the tensors that go dense.
+        sparse_tensors: how many go sparse.
+    """
+
+    seconds: float
+    payload_bytes: int
+    dense_bytes: int
+    sparse_tensors: int
+
+
+class Echo:
+    """An exchange between ranks that all send the same."""
+
+    weight = 1
+    uneven = False
+    rank = 0
+
+    def __init__(self, size: int) -> None:
+        """Args: size: how many ranks."""
+        self.size = size
+        self.sent_bytes = 0
+
+    def start(self, name: str, payload: Array) -> Array:
+        """The payload itself is the handle."""
+        del name
+        self.sent_bytes += payload.size
+        return payload
+
+    def finish(self, handle: Array) -> Sequence[Array]:
+        """As often as there are ranks."""
+        return [handle] * self.size
+
+    def start_dense(self, name: str, gradient: Array) -> Any:
+        """Not called: such tensors are left out."""
+        raise NotImplementedError
+
+    def finish_dense(self, handle: Any) -> tuple[Array, int]:
+        """Not called either."""
+        raise NotImplementedError
+
+
+def measure_local(sizes: Sequence[int], density: float, ranks: int) -> Local:
+    """Time the path over tensors of these sizes, float32, in place.
+
+    Raises:
+        ValueError: density is not in (0, 1].
+    """
+    exchange = Echo(ranks)
+    path = GradientPath(TopK(density=density), exchange)
+    named = {f"tensor {i}": size for i, size in enumerate(sizes)}
+    dense = {n for n, s in named.items() if path.goes_dense(n, _like(s))}
+    sparse = {name: size for name, size in named.items() if name not in dense}
+    share = min(1.0, MOST_ELEMENTS / max(1, sum(sparse.values())))
+    tried = {n: max(1, round(share * size)) for n, size in sparse.items()}
+    path.always_sparse.update(tried)
+    times = [_step(path, tried, step) for step in range(STEPS)]
+    return Local(
+        statistics.median(times[1:]) / share if sparse else 0.0,
+        round(exchange.sent_bytes / STEPS / share),
+        4 * sum(size for name, size in named.items() if name in dense),
+        len(sparse),
+    )
+
+
+def _like(size: int) -> Array:
+    return np.broadcast_to(np.float32(0), (size,))
+
+
+def _step(path: GradientPath, sizes: dict[str, int], step: int) -> float:
+    generator = np.random.default_rng(step)
+    noise = generator.standard_normal(1 << 16, np.float32)
+    gradients = {name: np.resize(noise, size) for name, size in sizes.items()}
+    start = time.perf_counter()
+    flights = {n: path.send(n, g, in_place=True) for n, g in gradients.items()}
+    for name, flight in flights.items():
+        path.receive(flight, gradients[name])
+    return time.perf_counter() - start

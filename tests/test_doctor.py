@@ -1,0 +1,291 @@
+"""python -m hvd_sparse.doctor: alone, under real launchers, and what it predicts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launching import (
+    START_S,
+    Ended,
+    horovodrun,
+    mpirun,
+    needs_horovodrun,
+    needs_mpirun,
+    run,
+)
+
+from hvd_sparse.doctor.local import Local, measure_local
+from hvd_sparse.doctor.model import tensors_in, tensors_of
+from hvd_sparse.doctor.network import LARGEST, Collective, Network, measure_network
+from hvd_sparse.doctor.prediction import PAYS, Prediction, predict, verdict
+from hvd_sparse.doctor.transport import Transport, found_door
+from hvd_sparse.exchange import LAUNCHER_VARIABLES
+
+LIMIT_S = 60 + START_S
+DOCTOR = [sys.executable, "-m", "hvd_sparse.doctor", "--parameters", "2000000"]
+
+
+def examined(launcher: list[str], file: Path, *options: str) -> tuple[Ended, dict]:
+    job = run([*launcher, *DOCTOR, "--json", str(file), *options], LIMIT_S)
+    assert job.code == 0, job.errors
+    assert "Warning" not in job.errors
+    return job, json.loads(file.read_text())
+
+
+def is_whole(found: dict, ranks: int, carrier: str) -> bool:
+    assert found["job"]["ranks"] == ranks
+    assert found["job"]["carried by"] == carrier
+    assert found["model"]["parameters"] == 2_000_000
+    methods = [(row["method"], row["density"]) for row in found["predictions"]]
+    assert methods == [
+        ("dense", None),
+        ("fp16", None),
+        ("sparse", 0.01),
+        ("sparse", 0.001),
+    ]
+    assert all(row["seconds"] > 0 for row in found["predictions"])
+    return found["verdict"].startswith("Sparsification will ")
+
+
+# ------------------------------------------------------------------ real launchers
+
+
+def test_alone_it_says_what_is_installed_and_how_to_learn_more(tmp_path: Path) -> None:
+    job, found = examined([], tmp_path / "found.json")
+    assert found["installed"]["numpy"] == np.__version__
+    assert found["mpi"]["vendor"].startswith("Open MPI")
+    assert "predictions" not in found
+    assert "mpirun -np 2 python -m hvd_sparse.doctor" in job.output
+
+
+@needs_mpirun
+def test_under_mpirun_it_measures_the_job(tmp_path: Path) -> None:
+    launcher = [str(mpirun), "-np", "2", "--oversubscribe", "--bind-to", "none"]
+    job, found = examined(launcher, tmp_path / "found.json")
+    assert is_whole(found, 2, "MPI")
+    assert job.output.count(found["verdict"]) == 1  # one rank reports
+
+
+@needs_horovodrun
+@pytest.mark.parametrize("transport", ["gloo", "mpi"])
+def test_under_horovodrun_it_measures_the_job(transport: str, tmp_path: Path) -> None:
+    launcher = [str(horovodrun), "-np", "2", "-H", "localhost:2", f"--{transport}"]
+    options = []
+    if transport == "mpi":
+        launcher += ["--binding-args=--bind-to none --map-by slot --oversubscribe"]
+        options = ["--door", "horovod"]  # looks like mpirun
+    _, found = examined(launcher, tmp_path / "found.json", *options)
+    names = {"gloo": "Horovod over Gloo", "mpi": "Horovod over MPI"}
+    assert is_whole(found, 2, names[transport])
+    assert bool(found["mpi"]) == (transport == "mpi")  # Gloo workers start no MPI
+
+
+@pytest.mark.parametrize("hidden", ["rich", "torch", "horovod", "mpi4py"])
+def test_without_a_package_it_still_reports_or_says_what_to_install(
+    hidden: str, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Hidden:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] == {hidden!r}:\n"
+        "            raise ModuleNotFoundError(name, name=name)\n"
+        "import importlib.util as util\n"
+        "found = util.find_spec\n"
+        f"util.find_spec = lambda n, p=None: None if n == {hidden!r} else found(n, p)\n"
+        "sys.meta_path.insert(0, Hidden())\n"
+    )
+    done = subprocess.run(
+        DOCTOR,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    if hidden == "rich":
+        assert done.returncode != 0
+        assert "pip install 'hvd_sparse[doctor]'" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert "installed" in done.stdout
+
+
+@needs_mpirun
+@pytest.mark.parametrize("content", [None, b"no archive"])
+def test_a_checkpoint_that_can_not_be_read_is_named(
+    content: bytes | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "model.npz"
+    if content is not None:
+        file.write_bytes(content)
+    launcher = [str(mpirun), "-np", "2", "--oversubscribe", "--bind-to", "none"]
+    job = run([*launcher, *DOCTOR[:3], "--checkpoint", str(file)], LIMIT_S)
+    assert job.code != 0
+    assert str(file) in job.errors
+    assert "Traceback" not in job.errors
+
+
+@needs_mpirun
+def test_only_the_first_rank_needs_the_checkpoint(tmp_path: Path) -> None:
+    for host in ("first", "second"):
+        (tmp_path / host).mkdir()
+    np.savez(tmp_path / "first" / "model.npz", a=np.zeros(50_000, np.float32))
+    report = tmp_path / "found.json"
+    program = [*DOCTOR[:3], "--checkpoint", "model.npz", "--json", str(report)]
+    command = [str(mpirun), "--oversubscribe", "--bind-to", "none"]
+    command += ["-np", "1", "-wdir", str(tmp_path / "first"), *program, ":"]
+    command += ["-np", "1", "-wdir", str(tmp_path / "second"), *program]
+    job = run(command, LIMIT_S)
+    assert job.code == 0, job.errors
+    assert json.loads(report.read_text())["model"]["parameters"] == 50_000
+
+
+@pytest.mark.parametrize(
+    ("variables", "door"),
+    [
+        ({}, "alone"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpi"),
+        ({"PMIX_RANK": "0"}, "mpi"),  # srun --mpi=pmix
+        ({"HOROVOD_RANK": "0"}, "horovod"),
+    ],
+)
+def test_who_started_it_is_found_out(
+    variables: dict[str, str], door: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (*LAUNCHER_VARIABLES, "HOROVOD_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert found_door() == door
+
+
+# --------------------------------------------------------------- what was measured
+
+
+def test_between_what_was_measured_lies_a_line_and_beyond_it_the_last_rate() -> None:
+    found = Collective((100, 200, 400), (1.0, 2.0, 6.0))
+    sizes = (0, 1, 100, 150, 200, 300, 400, 500)
+    expected = [0.0, 1.0, 1.0, 1.5, 2.0, 4.0, 6.0, 8.0]
+    assert [found.seconds(size) for size in sizes] == expected
+    assert (found.latency_s, found.per_byte_s) == (1.0, 0.02)
+
+
+def test_a_rate_is_positive_though_noise_made_the_larger_one_faster() -> None:
+    assert Collective((100, 200), (3.0, 2.0)).per_byte_s == 0.01
+
+
+def test_one_exchange_that_stalls_does_not_end_the_measurement(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    calls: list[int] = []
+
+    def gather(own: np.ndarray) -> list[np.ndarray]:
+        calls.append(own.size)
+        stalls = calls.count(own.size) == 1
+        now[0] += 1.0 if stalls else 1e-5 + own.size * 1e-10
+        return [own]
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    clocked = Transport("mpi", 0, 1, gather, gather, "a clock")
+    found = measure_network(clocked).allgather
+    assert found.sizes[-1] == LARGEST
+    assert found.seconds(10 * LARGEST) == pytest.approx(1e-5 + LARGEST * 1e-9)
+
+
+# --------------------------------------------------------------------- predictions
+
+
+def network(mbit: float, latency_s: float = 1e-4) -> Network:
+    """An allreduce moves a byte of the gradient once, an allgather each byte once."""
+    cost = line(8e-6 / mbit, latency_s)
+    return Network(cost, cost, cost)
+
+
+def line(per_byte_s: float, latency_s: float) -> Collective:
+    sizes = (8, 64, 1 << 20)
+    return Collective(sizes, tuple(latency_s + per_byte_s * size for size in sizes))
+
+
+LOCAL = {0.001: Local(0.030, 200_000, 40_000, 80)}  # seconds, bytes of either kind
+
+
+def test_predictions_are_sums_of_what_was_measured() -> None:
+    dense, half, sparse = predict([25_000_000], network(1000), LOCAL)
+    assert dense == Prediction("dense", None, pytest.approx(0.8001), 0.0, 100_000_000)
+    assert half == Prediction("fp16", None, pytest.approx(0.4001), 0.0, 50_000_000)
+    seconds = 0.030 + 1e-4 + 200_000 * 8e-9 + 1e-4 + 40_000 * 8e-9
+    expected = Prediction("sparse", 0.001, pytest.approx(seconds), 0.030, 240_000)
+    assert sparse == expected
+
+
+def test_the_verdict_follows_the_network() -> None:
+    slow = verdict(predict([25_000_000], network(1000), LOCAL))
+    fast = verdict(predict([25_000_000], network(1_000_000), LOCAL))
+    assert slow.startswith("Sparsification will pay here: a step's exchange takes 32.1")
+    assert fast.startswith("Sparsification will not pay here")
+
+
+def test_the_verdict_warns_before_sparse_is_slower_than_dense() -> None:
+    dense = Prediction("dense", None, 1.0, 0.0, 100)
+    for seconds in (PAYS + 0.001, 1.0, 1.05):
+        sparse = Prediction("sparse", 0.001, seconds, 0.0, 1)
+        assert "will not pay" in verdict([dense, sparse])
+
+
+def test_what_this_machine_takes_is_measured_on_the_real_path() -> None:
+    local = measure_local([100, 1_000_000, 10], 0.001, ranks=2)
+    assert local.seconds > 0
+    # 100 elements: one entry; a million: a thousand; ten: dense, as it is cheaper
+    assert local.sparse_tensors == 3 - (local.dense_bytes > 0)
+    assert local.payload_bytes >= 32 + 8000 + 32 + 8
+    half = measure_local([1_000_000], 1.0, ranks=2)
+    assert (half.sparse_tensors, half.dense_bytes) == (0, 4_000_000)
+
+
+# -------------------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize("parameters", [1, 79, 80, 81, 40_000, 25_000_000, 10**9])
+def test_a_model_of_so_many_parameters_has_just_as_many(parameters: int) -> None:
+    sizes = tensors_of(parameters)
+    assert sum(sizes) == parameters
+    assert min(sizes) > 0
+
+
+def test_a_model_without_parameters_is_refused() -> None:
+    with pytest.raises(ValueError, match="parameters must be positive, got 0"):
+        tensors_of(0)
+
+
+def test_a_numpy_checkpoint_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "model.npz"
+    np.savez(file, a=np.zeros((3, 5)), b=np.zeros(7, np.float32), c=np.zeros(9, int))
+    assert tensors_in(file) == [15, 7]
+
+
+def test_a_torch_checkpoint_is_read(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    weights = {"w": torch.zeros(4, 6), "count": torch.zeros(3, dtype=torch.int64)}
+    for saved in (weights, {"model": weights, "optimizer": {"m": torch.zeros(99)}}):
+        torch.save(saved, tmp_path / "model.pt")
+        assert tensors_in(tmp_path / "model.pt") == [24]
+
+
+def test_a_keras_checkpoint_is_read(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    file = tmp_path / "model.weights.h5"
+    with h5py.File(file, "w") as weights:
+        weights["layers/dense/vars/0"] = np.zeros((2, 3), np.float32)
+        weights["optimizer/vars/0"] = np.zeros(50, np.float32)
+    assert tensors_in(file) == [6]
+
+
+def test_a_checkpoint_without_weights_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "none.npz", c=np.zeros(9, int))
+    with pytest.raises(ValueError, match=r"none\.npz must have floating tensors"):
+        tensors_in(tmp_path / "none.npz")

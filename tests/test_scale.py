@@ -1,0 +1,83 @@
+"""The cost model of exchanges, against hand-made numbers and what real ranks count."""
+
+import json
+
+import pytest
+from launching import START_S, launch, needs_mpirun
+
+from hvd_sparse.core.payload import INDEXED, payload_bytes
+from hvd_sparse.core.routing import WhenCheaper
+from hvd_sparse.core.scale import (
+    Link,
+    Transfer,
+    allgather,
+    dense_allreduce,
+    most_ranks,
+    split_allreduce,
+    union,
+)
+from hvd_sparse.core.sparsifiers import elements
+
+DENSITY, STEPS = 0.02, 3  # of the program
+
+
+@needs_mpirun
+@pytest.mark.parametrize("ranks", [2, 4, 8, 16])
+def test_counted_bytes_match_the_model_exactly(ranks: int) -> None:
+    job = launch("count_bytes.py", ranks=ranks, timeout_s=START_S + 10 * ranks)
+    assert job.code == 0, job.errors
+    told = [json.loads(line) for line in job.output.splitlines()]
+    assert len(told) == ranks
+    for size, found in told:
+        assert size == ranks
+        for name, (sent, received, touched) in found.items():
+            n = int(name)
+            k = elements(DENSITY, n)
+            assert received == STEPS * allgather(ranks, k).bytes
+            assert sent == STEPS * payload_bytes(INDEXED, "float32", k)
+            assert touched <= min(n, ranks * k)
+            # five standard deviations, if each element is drawn or not by itself
+            assert abs(touched - union(ranks, n, k)) < 5 * union(ranks, n, k) ** 0.5
+
+
+def test_a_ring_moves_what_it_should() -> None:
+    assert dense_allreduce(4, 1000) == Transfer(6, 6000)
+    assert dense_allreduce(4, 1000, itemsize=2) == Transfer(6, 3000)
+    assert allgather(4, 10) == Transfer(3, 3 * 112)
+
+
+def test_a_link_adds_latency_and_bytes() -> None:
+    link = Link(latency_s=0.001, bytes_per_s=1000)
+    assert link.seconds(Transfer(6, 3000)) == pytest.approx(3.006)
+
+
+@pytest.mark.parametrize(("n", "k"), [(25_557_032, 25_558), (100_000, 1000), (64, 1)])
+def test_the_automatic_rule_ends_where_the_model_says(n: int, k: int) -> None:
+    most = most_ranks(n, k)
+
+    def goes_sparse(ranks: int) -> bool:
+        return WhenCheaper().limit(n, "float32", 4, INDEXED, ranks) >= k
+
+    assert goes_sparse(most)
+    assert not goes_sparse(most + 1)
+    assert allgather(most, k).bytes < dense_allreduce(most, n).bytes
+    assert allgather(most + 1, k).bytes >= dense_allreduce(most + 1, n).bytes
+
+
+def test_a_union_fills_in() -> None:
+    assert union(1, 1000, 10) == pytest.approx(10)
+    assert union(2, 1000, 10) == pytest.approx(19.9)
+    assert union(10_000, 1000, 10) == pytest.approx(1000)
+
+
+def test_a_sparse_allreduce_is_dense_at_most() -> None:
+    few, many = (split_allreduce(ranks, 10**6, 1000) for ranks in (2, 4096))
+    assert few.bytes == pytest.approx(0.5 * 8 * (1000 + union(2, 10**6, 1000)))
+    assert many.bytes == pytest.approx(4095 / 4096 * (8000 + 4_000_000))
+
+
+def test_bad_links_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="latency_s must not be negative, got -1"):
+        Link(-1, 1)
+    with pytest.raises(ValueError, match="bytes_per_s must be positive, got 0"):
+        Link(0, 0)
