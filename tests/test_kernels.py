@@ -1,5 +1,6 @@
 """The hot loops against plain numpy, and what threads, forks and processors change."""
 
+import mmap
 import multiprocessing
 import os
 import platform
@@ -34,6 +35,7 @@ from hvd_sparse.kernels import host, kernels_for, reference, threads
 
 NOT_FINITE = [np.nan, np.inf, -np.inf]
 FLAT = [(0,), (1,), (2,), (15,), (16,), (17,), (33,), (257,), (4096,), (4097,), (9973,)]
+STATM = Path("/proc/self/statm")  # its second number: pages of memory in use
 BOUNDS = [1e-300, 1e-3, 0.5, 1.5, 3.0, 1e30]
 
 
@@ -336,6 +338,15 @@ def test_the_estimate_decides_the_time_and_never_the_result(
     kind = Kind((20_000,), style, "contiguous", 2)
     residual, gradient = residual_and_gradient(kind, dtype, wrong=3)
     assert_as_reference(KERNELS["host"], "select_top", residual, gradient, k)
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="needs Linux's /proc/self/statm")
+def test_room_for_candidates_becomes_memory_only_where_it_is_used() -> None:
+    room = host._reserve(16 << 20, np.dtype(np.float32))
+    before = int(STATM.read_text().split()[1])
+    room[:: 1 << 19] = 1  # one in each 2 MiB, a huge page
+    pages = int(STATM.read_text().split()[1]) - before
+    assert pages * mmap.PAGESIZE < 2 << 20
 
 
 # ------------------------------------------------------------- what arrives damaged

@@ -17,7 +17,9 @@ The sample decides the time, never the result, which is the same for every estim
 every thread count and every processor.
 """
 
+import contextlib
 import math
+import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +51,7 @@ _DIRECT = 4096  # up to this size every element is a candidate: sampling costs m
 _CHUNK = 1 << 14  # elements of the handed-back gradient finished while in cache
 _RUN = 32  # elements sampled side by side: two cache lines arrive together
 _STRETCH = 8192  # elements accumulated before their hits are looked at, in L1
+_HUGE = 1 << 22  # bytes from which numpy asks for huge pages
 _BLOCKS = _CHUNK // LANES  # of a chunk; those that an entry falls into are scaled
 # added, it leaves every residual as it is, -0.0 included
 _NOTHING = {4: np.full(LANES, -0.0, np.float32), 8: np.full(LANES, -0.0)}
@@ -319,7 +322,18 @@ def _cleared_view(out: Array | None, lanes: Array) -> Array:
 def _buffers(residual: Array, size: int, limit: int) -> tuple[Array, Array]:
     """Room for the candidates among so many elements."""
     room = min(size, 2 * limit + _SPARE) + LANES
-    return np.empty(room, np.int32), np.empty(room, residual.dtype)
+    return _reserve(room, np.dtype(np.int32)), _reserve(room, residual.dtype)
+
+
+def _reserve(room: int, dtype: np.dtype[Any]) -> Array:
+    """(room,) of which only what is used becomes memory, and not 2 MiB at a time."""
+    size = room * dtype.itemsize
+    if size < _HUGE or not hasattr(mmap, "MADV_NOHUGEPAGE"):
+        return np.empty(room, dtype)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a system without huge pages
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(pages, dtype)
 
 
 def _candidates(
