@@ -38,6 +38,7 @@ from hvd_sparse.kernels.lanes import (
     lowest_bit,
     magnitude_bits,
     pointer_to,
+    prefetch,
 )
 from hvd_sparse.kernels.threads import parts, run_parts
 
@@ -49,6 +50,7 @@ _ALL_DIGITS = 63  # more than there ever are
 _SPARE = 4096  # candidates a buffer holds beyond twice what is asked for
 _DIRECT = 4096  # up to this size every element is a candidate: sampling costs more
 _CHUNK = 1 << 14  # elements of the handed-back gradient finished while in cache
+_AHEAD = 16  # entries of a payload: their cache lines arrive together
 _RUN = 32  # elements sampled side by side: two cache lines arrive together
 _STRETCH = 8192  # elements accumulated before their hits are looked at, in L1
 _HUGE = 1 << 22  # bytes from which numpy asks for huge pages
@@ -560,6 +562,8 @@ def _aggregate(
             last = low - 1
             while cursor < count and last < indices[cursor] < high:
                 last = indices[cursor]
+                ahead = indices[min(cursor + _AHEAD, count - 1)]
+                prefetch(out, ahead - offset)  # wherever that is
                 out[last - offset] += values[cursor]
                 block = (last - low) // LANES
                 touched[block // 64] |= np.uint64(1) << np.uint64(block % 64)

@@ -189,6 +189,26 @@ def clear16(typingctx: Any, out: Any, at: Any) -> Any:
 
 
 @intrinsic
+def prefetch(typingctx: Any, out: Any, at: Any) -> Any:
+    """An element of out will be written soon: fetch its cache line meanwhile."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array, at = arguments
+        data = context.make_array(signature.args[0])(context, builder, array).data
+        byte = ir.IntType(8).as_pointer()
+        name = "llvm.prefetch.p0i8"
+        function = builder.module.globals.get(name) or ir.Function(
+            builder.module, ir.FunctionType(ir.VoidType(), [byte] + 3 * [_WORD]), name
+        )
+        place = builder.bitcast(builder.gep(data, [at]), byte)
+        to_write, keep, data_cache = (ir.Constant(_WORD, i) for i in (1, 3, 1))
+        builder.call(function, [place, to_write, keep, data_cache])
+        return context.get_dummy_value()
+
+    return types.void(out, types.int64), codegen
+
+
+@intrinsic
 def lowest_bit(typingctx: Any, mask: Any) -> Any:
     """Position of the lowest set bit of a uint64 that is not 0."""
 
