@@ -23,7 +23,7 @@ from hvd_sparse.torch import elastic
 Array = npt.NDArray[Any]
 Tensor = torch.Tensor
 
-BATCH_BYTES = 32 << 20  # of gradients
+BATCH_BYTES = 64 << 20  # of gradients
 _AT_ONCE = 64  # pairs of numbers are made in one go, which is cheaper
 
 
