@@ -187,7 +187,7 @@ def choice(cat, detail, gradients, steps=30):
     """In turns, each its residual; the first half of the steps is to settle.
 
     With what share of the exact maximum of its efficiency CAT's choice is, but for
-    draws: these are expected numbers, and take two passes, at a fixed density too.
+    draws: what is chosen there is an expected number.
     """
     n, chosen, times, floor = gradients[0].size, 0, [], []
     ours, fixed = np.zeros(n, np.float32), np.zeros(n, np.float32)
@@ -199,11 +199,11 @@ def choice(cat, detail, gradients, steps=30):
         host.select_top(fixed, gradient, chosen)
         times.append(middle - start)
         floor.append(time.perf_counter() - middle)
-    target, more = None, {}
+    more = {}
     if not isinstance(cat.scheme, Stochastic):
-        target, more["efficiency"] = 2.0, efficiency(cat, ours, gradients[0], chosen)
+        more["efficiency"] = efficiency(cat, ours, gradients[0], chosen)
     taken = [part[steps:] for part in (times, floor)]
-    return row("CAT over TopK of as many", detail, chosen / n, *taken, target, **more)
+    return row("CAT over TopK of as many", detail, chosen / n, *taken, 2.0, **more)
 
 
 def efficiency(cat, residual, gradient, chosen):

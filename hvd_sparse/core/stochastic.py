@@ -19,7 +19,7 @@ class Stochastic:
     sum up to the same expected number of elements these leave the least variance. The
     rate is worked out from magnitudes in logarithmic bins: the expected number is met
     within 1 %, but for subnormals; that E[sent] = c does not depend on it. A draw
-    decides with 53 bits. Every rank draws for itself, from (seed, rank, name, step).
+    decides with 52 bits. Every rank draws for itself, from (seed, rank, name, step).
     torch's, numpy's and Python's generators are untouched.
 
     Wangni, Wang, Liu, Zhang, Gradient Sparsification for Communication-Efficient

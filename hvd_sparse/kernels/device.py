@@ -148,7 +148,7 @@ def _uniform(n: int, seed: int, device: torch.device) -> Tensor:
     word = (word ^ shifted(word, 30)) * _signed(0xBF58476D1CE4E5B9)
     word = (word ^ shifted(word, 27)) * _signed(0x94D049BB133111EB)
     word = word ^ shifted(word, 31)
-    return shifted(word, 11).double() * 2.0**-53
+    return shifted(word, 12).double() * 2.0**-52
 
 
 def _signed(word: int) -> int:

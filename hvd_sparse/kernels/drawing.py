@@ -15,7 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from hvd_sparse.kernels.compiled import jit
-from hvd_sparse.kernels.lanes import LANES, accumulate16, bit_count, magnitude_bits
+from hvd_sparse.kernels.lanes import (
+    LANES,
+    accumulate16,
+    bit_count,
+    draw16,
+    magnitude_bits,
+)
+from hvd_sparse.kernels.room import reserve
 from hvd_sparse.kernels.threads import parts, run_parts
 
 Array = npt.NDArray[Any]
@@ -102,41 +109,91 @@ def count_sums(residual: Array, gradient: Array) -> Array:
 
 
 @jit
-def _uniform(seed: Any, index: Any) -> Any:
-    """In [0, 1), of 53 bits."""
-    word = seed + (np.uint64(index) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    word ^= word >> np.uint64(31)
-    return np.float64(np.int64(word >> np.uint64(11))) * 2.0**-53
+def _note_drawn(
+    sums: Any, count: int, rate: Any, seed: Any, first: int, blocks: Any, masks: Any
+) -> int:
+    """Notes the blocks of 16 of sums[:count] of which something is drawn.
+
+    The first sum is the tensor's element `first`. Returns how many blocks there are.
+    """
+    noted = 0
+    for at in range(0, count, LANES):
+        mask = draw16(sums, at, rate, seed, first + at)
+        left = count - at
+        if left < LANES:  # what lies beyond is no sum
+            mask &= (np.uint64(1) << np.uint64(left)) - np.uint64(1)
+        blocks[noted] = at
+        masks[noted] = mask
+        noted += mask != 0
+    return noted
+
+
+@jit
+def _take_drawn(
+    sums: Any,
+    first: int,
+    blocks: Any,
+    masks: Any,
+    noted: int,
+    indices: Any,
+    values: Any,
+    count: Any,
+) -> Any:
+    """Appends what was drawn to the buffers, which need 15 places more.
+
+    No branch: what is drawn comes at random. Returns how many there are now.
+    """
+    for note in range(noted):
+        mask = np.int64(masks[note])
+        for lane in range(LANES):
+            i = blocks[note] + lane
+            indices[count] = first + i
+            values[count] = sums[i]
+            count += (mask >> lane) & 1
+    return count
+
+
+@jit
+def _clear(residual: Any, patterns: Any, first: int, stop: int) -> None:
+    """Overwrites it with 0 where it is not: memory never written to stays unused."""
+    found = patterns[first] & 0
+    for i in range(first, stop):
+        found |= patterns[i]
+    if found:
+        residual[first:stop] = 0
 
 
 @jit
 def _draw(
-    residual: Any, gradient: Any, first: int, stop: int, rate: Any, seed: Any, room: int
+    residual: Any,
+    patterns: Any,
+    gradient: Any,
+    first: int,
+    stop: int,
+    rate: Any,
+    seed: Any,
+    indices: Any,
+    values: Any,
 ) -> Any:
-    """Overwrites residual[first:stop] with 0, where it is not 0 already."""
+    """Overwrites residual[first:stop] with 0; patterns are its bits.
+
+    Returns how many were drawn, and how many sums were not finite.
+    """
     one = residual.dtype.type(1)
-    sums = np.empty(_STRETCH, residual.dtype)
-    indices, values = np.empty(room, np.int32), np.empty(room, residual.dtype)
+    sums = np.zeros(_STRETCH, residual.dtype)
+    blocks = np.empty(_STRETCH // LANES + 1, np.int64)
+    masks = np.empty(_STRETCH // LANES + 1, np.uint64)
     count = nonfinite = 0
     for low in range(first, stop, _STRETCH):
         high = min(low + _STRETCH, stop)
         nonfinite += _sums(residual, gradient, low, high, sums)
-        if count + _STRETCH > indices.size:
-            more = np.empty(indices.size, np.int32)
-            indices = np.concatenate((indices, more))
-            values = np.concatenate((values, more.astype(residual.dtype)))
-        for i in range(low, high):
-            value = sums[i - low]
-            chance = rate * abs(value)
-            if _uniform(seed, i) < chance:
-                indices[count] = i
-                values[count] = value / min(chance, one)
-                count += 1
-            if residual[i] != 0 or math.copysign(1.0, residual[i]) < 0:
-                residual[i] = 0
-    return indices[:count], values[:count], nonfinite
+        noted = _note_drawn(sums, high - low, rate, seed, low, blocks, masks)
+        before = count
+        count = _take_drawn(sums, low, blocks, masks, noted, indices, values, count)
+        for i in range(before, count):
+            values[i] /= min(rate * abs(values[i]), one)
+        _clear(residual, patterns, low, high)
+    return count, nonfinite
 
 
 def draw(residual: Array, gradient: Array, rate: float, seed: int) -> Selected:
@@ -151,10 +208,18 @@ def draw(residual: Array, gradient: Array, rate: float, seed: int) -> Selected:
         seed: 64 bits.
     """
     factor, key = residual.dtype.type(rate), np.uint64(seed)
+    patterns = residual.view(f"u{residual.itemsize}")
 
-    def one_part(first: int, stop: int) -> Any:
-        return _draw(residual, gradient, first, stop, factor, key, 2 * _STRETCH)
+    def one_part(first: int, stop: int) -> Selected:
+        room = stop - first + LANES
+        indices, values = reserve(room, np.int32), reserve(room, residual.dtype)
+        count, nonfinite = _draw(
+            residual, patterns, gradient, first, stop, factor, key, indices, values
+        )
+        return indices[:count], values[:count], nonfinite
 
     found = run_parts(one_part, parts(residual.size, LANES))
+    if len(found) == 1:
+        return found[0]
     indices, values, nonfinite = zip(*found, strict=True)
     return np.concatenate(indices), np.concatenate(values), sum(nonfinite)

@@ -17,9 +17,7 @@ The sample decides the time, never the result, which is the same for every estim
 every thread count and every processor.
 """
 
-import contextlib
 import math
-import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +38,7 @@ from hvd_sparse.kernels.lanes import (
     pointer_to,
     prefetch,
 )
+from hvd_sparse.kernels.room import reserve
 from hvd_sparse.kernels.threads import parts, run_parts
 
 Array = npt.NDArray[Any]
@@ -53,7 +52,6 @@ _CHUNK = 1 << 14  # elements of the handed-back gradient finished while in cache
 _AHEAD = 16  # entries of a payload: their cache lines arrive together
 _RUN = 32  # elements sampled side by side: two cache lines arrive together
 _STRETCH = 8192  # elements accumulated before their hits are looked at, in L1
-_HUGE = 1 << 22  # bytes from which numpy asks for huge pages
 _BLOCKS = _CHUNK // LANES  # of a chunk; those that an entry falls into are scaled
 # added, it leaves every residual as it is, -0.0 included
 _NOTHING = {4: np.full(LANES, -0.0, np.float32), 8: np.full(LANES, -0.0)}
@@ -324,18 +322,7 @@ def _cleared_view(out: Array | None, lanes: Array) -> Array:
 def _buffers(residual: Array, size: int, limit: int) -> tuple[Array, Array]:
     """Room for the candidates among so many elements."""
     room = min(size, 2 * limit + _SPARE) + LANES
-    return _reserve(room, np.dtype(np.int32)), _reserve(room, residual.dtype)
-
-
-def _reserve(room: int, dtype: np.dtype[Any]) -> Array:
-    """(room,) of which only what is used becomes memory, and not 2 MiB at a time."""
-    size = room * dtype.itemsize
-    if size < _HUGE or not hasattr(mmap, "MADV_NOHUGEPAGE"):
-        return np.empty(room, dtype)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a system without huge pages
-        pages.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(pages, dtype)
+    return reserve(room, np.int32), reserve(room, residual.dtype)
 
 
 def _candidates(

@@ -21,7 +21,8 @@ from numba.extending import intrinsic
 LANES = 16
 
 _BIT, _SHORT, _WORD, _LONG = (ir.IntType(bits) for bits in (1, 16, 32, 64))
-_FLOAT = ir.FloatType()
+_FLOAT, _DOUBLE = ir.FloatType(), ir.DoubleType()
+_GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64: 2^64 over the golden ratio
 
 
 class _VolatileLoad(ir.LoadInstr):  # type: ignore[misc]  # llvmlite has no types
@@ -168,6 +169,57 @@ def accumulate16(
         )
         return builder.or_(_mask(builder, hit), wrong)
 
+    return signature, codegen
+
+
+def _shifted(builder: Any, words: Any, by: int) -> Any:
+    """words ^ (words >> by), of each lane."""
+    return builder.xor(words, builder.lshr(words, _constant(_LONG, by)))
+
+
+def _uniform_lanes(builder: Any, seed: Any, index: Any) -> Any:
+    """Uniform in [0, 1), of 52 bits, for 16 indices from this one on: SplitMix64.
+
+    Constants and shifts are Steele, Lea, Flood, 2014; the bits become the fraction of a
+    number in [1, 2), since few processors convert 64-bit integers in lanes.
+    """
+    first = builder.add(seed, builder.mul(index, ir.Constant(_LONG, _GOLDEN)))
+    steps = [(lane + 1) * _GOLDEN % 2**64 for lane in range(LANES)]
+    steps = ir.Constant(ir.VectorType(_LONG, LANES), steps)
+    words = builder.add(_splat(builder, first), steps)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        words = builder.mul(_shifted(builder, words, shift), _constant(_LONG, factor))
+    fraction = builder.lshr(_shifted(builder, words, 31), _constant(_LONG, 12))
+    pattern = builder.or_(fraction, _constant(_LONG, 0x3FF << 52))
+    wide = builder.bitcast(pattern, ir.VectorType(_DOUBLE, LANES))
+    return builder.fsub(wide, _constant(_DOUBLE, 1.0))
+
+
+@intrinsic
+def draw16(typingctx: Any, sums: Any, at: Any, rate: Any, seed: Any, index: Any) -> Any:
+    """Which of 16 sums are drawn, with probability min(1, rate |sum|) each.
+
+    The first is the tensor's element `index`: a draw depends on seed and index alone.
+
+    Returns one uint64, of whose bits 0-15 those are set that are drawn.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        sums, at, rate, seed, index = arguments
+        array_type = signature.args[0]
+        data = context.make_array(array_type)(context, builder, sums).data
+        element = context.get_value_type(array_type.dtype)
+        size = array_type.dtype.bitwidth // 8
+        values = _load(builder, builder.gep(data, [at]), element, size)
+        chances = builder.fmul(
+            _magnitude(builder, values, element), _splat(builder, rate)
+        )
+        if element == _FLOAT:
+            chances = builder.fpext(chances, ir.VectorType(_DOUBLE, LANES))
+        uniform = _uniform_lanes(builder, seed, index)
+        return _mask(builder, builder.fcmp_ordered("<", uniform, chances))
+
+    signature = types.uint64(sums, types.int64, sums.dtype, types.uint64, types.int64)
     return signature, codegen
 
 

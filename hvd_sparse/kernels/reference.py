@@ -128,13 +128,13 @@ def draw(residual: Array, gradient: Array, rate: float, seed: int) -> Selected:
 
 
 def _uniform(n: int, seed: int) -> Array:
-    """SplitMix64: (n,) float64 in [0, 1), of 53 bits, each from its index and seed."""
+    """SplitMix64: (n,) float64 in [0, 1), of 52 bits, each from its index and seed."""
     word = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     word += np.uint64(seed)
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     word ^= word >> np.uint64(31)
-    uniform: Array = (word >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    uniform: Array = (word >> np.uint64(12)).astype(np.float64) * 2.0**-52
     return uniform
 
 
