@@ -208,13 +208,20 @@ def test_magnitudes_and_norms_are_the_references(
 @given(
     kind=flat_kinds(),
     wrong=st.integers(0, 3),
-    rate=st.sampled_from([0.0, 1e-3, 0.3, 1.0, 1e30]),
+    rate=st.sampled_from([0.0, "least", 1e-3, 0.3, 1.0, 1e30, "most"]),
     seed=st.integers(0, 2**64 - 1),
 )
 def test_draw_is_the_references(
-    kernels: Kernels, dtype: np.dtype, kind: Kind, wrong: int, rate: float, seed: int
+    kernels: Kernels,
+    dtype: np.dtype,
+    kind: Kind,
+    wrong: int,
+    rate: float | str,
+    seed: int,
 ) -> None:
     residual, gradient = residual_and_gradient(kind, dtype, wrong)
+    most = float(np.finfo(residual.dtype).max)  # the limits of Stochastic.draw
+    rate = {"least": 1024 / most, "most": most}.get(rate, rate)
     expected, changed = residual.copy(), kernels.array(residual.copy())
     wanted = reference.draw(expected, gradient, rate, seed)
     found = kernels.module.draw(changed, kernels.array(gradient), rate, seed)
@@ -420,7 +427,8 @@ def everything(kind: Kind, dtype: np.dtype) -> list[bytes]:
         made += [*host.select_above(residual, gradient, 1.0, k)[:2], residual.copy()]
         made += [*host.select_again(residual, k), residual.copy()]
         made += [host.count_sums(residual, gradient)]
-        made += [*host.draw(residual.copy(), gradient, k / n, 3)[:2]]
+        cleared = residual.copy()
+        made += [*host.draw(cleared, gradient, k / n, 3)[:2], cleared]
         indices = host.random_indices(n, k, 3)
         made += [*host.select_at(residual, gradient, indices)[:2], residual.copy()]
         out = np.empty(n, dtype)

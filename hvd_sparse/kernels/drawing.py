@@ -139,7 +139,7 @@ def _take_drawn(
     values: Any,
     count: Any,
 ) -> Any:
-    """Appends what was drawn to the buffers, which need 15 places more.
+    """Appends what was drawn to the buffers, which need one place more.
 
     No branch: what is drawn comes at random. Returns how many there are now.
     """
@@ -155,7 +155,7 @@ def _take_drawn(
 
 @jit
 def _clear(residual: Any, patterns: Any, first: int, stop: int) -> None:
-    """Overwrites it with 0 where it is not: memory never written to stays unused."""
+    """Overwrites it with 0 unless it is: memory never written to stays unused."""
     found = patterns[first] & 0
     for i in range(first, stop):
         found |= patterns[i]
@@ -177,12 +177,14 @@ def _draw(
 ) -> Any:
     """Overwrites residual[first:stop] with 0; patterns are its bits.
 
+    What is drawn goes to indices and values, which need one place more than that.
+
     Returns how many were drawn, and how many sums were not finite.
     """
     one = residual.dtype.type(1)
     sums = np.zeros(_STRETCH, residual.dtype)
-    blocks = np.empty(_STRETCH // LANES + 1, np.int64)
-    masks = np.empty(_STRETCH // LANES + 1, np.uint64)
+    blocks = np.empty(_STRETCH // LANES, np.int64)
+    masks = np.empty(_STRETCH // LANES, np.uint64)
     count = nonfinite = 0
     for low in range(first, stop, _STRETCH):
         high = min(low + _STRETCH, stop)
@@ -199,7 +201,8 @@ def _draw(
 def draw(residual: Array, gradient: Array, rate: float, seed: int) -> Selected:
     """Each element c of residual + gradient alone, with p = min(1, rate |c|), as c / p.
 
-    Overwrites residual with zeros; memory that never held anything else stays unused.
+    Overwrites residual with zeros, but for stretches that are all 0: those that were
+    never written to stay unused memory.
 
     Args:
         residual: (n,) float32 or float64, contiguous.

@@ -322,7 +322,8 @@ def _cleared_view(out: Array | None, lanes: Array) -> Array:
 def _buffers(residual: Array, size: int, limit: int) -> tuple[Array, Array]:
     """Room for the candidates among so many elements."""
     room = min(size, 2 * limit + _SPARE) + LANES
-    return reserve(room, np.int32), reserve(room, residual.dtype)
+    empty = reserve if room > size else np.empty  # for all, of which few turn up
+    return empty(room, np.int32), empty(room, residual.dtype)
 
 
 def _candidates(
