@@ -1,7 +1,9 @@
 """python -m hvd_sparse.doctor: alone, under real launchers, and what it predicts."""
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +19,15 @@ from launching import (
     needs_mpirun,
     run,
 )
+from rich.console import Console
 
+from hvd_sparse.doctor import installed
+from hvd_sparse.doctor.__main__ import parse
 from hvd_sparse.doctor.local import Local, measure_local
 from hvd_sparse.doctor.model import tensors_in, tensors_of
 from hvd_sparse.doctor.network import LARGEST, Collective, Network, measure_network
 from hvd_sparse.doctor.prediction import PAYS, Prediction, predict, verdict
+from hvd_sparse.doctor.report import _predictions
 from hvd_sparse.doctor.transport import Transport, found_door
 from hvd_sparse.exchange import LAUNCHER_VARIABLES
 
@@ -68,6 +74,43 @@ def test_under_mpirun_it_measures_the_job(tmp_path: Path) -> None:
     job, found = examined(launcher, tmp_path / "found.json")
     assert is_whole(found, 2, "MPI")
     assert job.output.count(found["verdict"]) == 1  # one rank reports
+    assert "step_s" not in found["predictions"][0]
+
+
+@needs_mpirun
+def test_json_without_a_file_is_all_that_is_printed() -> None:
+    launcher = [str(mpirun), "-np", "2", "--oversubscribe", "--bind-to", "none"]
+    job = run([*launcher, *DOCTOR, "--compute-s", "0.2", "--json"], LIMIT_S)
+    assert job.code == 0, job.errors
+    found = json.loads(job.output)
+    assert is_whole(found, 2, "MPI")
+    for row in found["predictions"]:
+        assert row["step_s"] == pytest.approx(0.2 + row["seconds"])
+
+
+def test_a_step_is_told_in_the_table_where_it_is_known() -> None:
+    rows = [row._asdict() for row in predict([25_000_000], network(1000), LOCAL)]
+    for compute_s in (None, 0.2):
+        known = {} if compute_s is None else {"step_s": compute_s}
+        console = Console(width=200, record=True, file=io.StringIO())
+        model = {"parameters": 25_000_000}
+        console.print(_predictions(model, [{**row, **known} for row in rows]))
+        assert ("whole step, ms" in console.export_text()) == (compute_s is not None)
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "inf", "nan", "soon"])
+def test_a_compute_time_that_is_none_is_refused(seconds: str) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--compute-s", seconds])
+
+
+@needs_horovodrun
+def test_controllers_and_operations_are_those_of_check_build() -> None:
+    built = run([str(horovodrun), "--check-build"], LIMIT_S).output
+    controllers, operations = built.split("Available")[2:4]
+    found = installed.horovod()
+    assert found["controllers"] == re.findall(r"\[X\] (\w+)", controllers)
+    assert found["operations"] == re.findall(r"\[X\] (\w+)", operations)
 
 
 @needs_horovodrun

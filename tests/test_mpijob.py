@@ -1,5 +1,6 @@
 """launch/mpijob.yaml and the image it runs must agree; neither knows the other."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 yaml = pytest.importorskip("yaml", reason="needs PyYAML: launch/build-horovod")
 
 PROJECT = Path(__file__).parent.parent
+# the operator's manifests/base/kubeflow.org_mpijobs.yaml
+SCHEMA = os.environ.get("HVD_SPARSE_MPIJOB_SCHEMA", "")
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +33,36 @@ def dockerfile() -> str:
 
 def test_it_is_the_operators_v2beta1(job: dict[str, Any]) -> None:
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v2beta1", "MPIJob")
+
+
+def refuse_unknown(schema: Any) -> None:
+    """Fields that the schema does not name are wrong, as `kubectl apply` has it."""
+    if isinstance(schema, list):
+        for part in schema:
+            refuse_unknown(part)
+    if not isinstance(schema, dict):
+        return
+    open_ended = schema.get("x-kubernetes-preserve-unknown-fields")
+    if "properties" in schema and not open_ended:
+        schema.setdefault("additionalProperties", False)
+    if schema.get("x-kubernetes-int-or-string"):
+        schema.pop("type", None)
+    for part in schema.values():
+        refuse_unknown(part)
+
+
+@pytest.mark.skipif(not SCHEMA, reason="needs HVD_SPARSE_MPIJOB_SCHEMA: a file")
+def test_it_fits_the_operators_published_schema(job: dict[str, Any]) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    versions = yaml.safe_load(Path(SCHEMA).read_text())["spec"]["versions"]
+    (schema,) = (v["schema"] for v in versions if v["name"] == "v2beta1")
+    schema = schema["openAPIV3Schema"]
+    refuse_unknown(schema)
+    schema["properties"]["metadata"] = {"type": "object"}  # is Kubernetes' own
+    validator = jsonschema.Draft202012Validator(schema)
+    assert [error.message for error in validator.iter_errors(job)] == []
+    job["spec"]["slots"] = 2
+    assert not validator.is_valid(job)
 
 
 def test_there_are_as_many_ranks_as_slots(job: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 from launching import START_S, launch, needs_mpirun
 
-from hvd_sparse.core.payload import INDEXED, payload_bytes
+from hvd_sparse.core.payload import INDEXED, SIGNS, payload_bytes
 from hvd_sparse.core.routing import WhenCheaper
 from hvd_sparse.core.scale import (
     Link,
@@ -28,13 +28,15 @@ def test_counted_bytes_match_the_model_exactly(ranks: int) -> None:
     assert job.code == 0, job.errors
     told = [json.loads(line) for line in job.output.splitlines()]
     assert len(told) == ranks
-    for size, found in told:
-        assert size == ranks
-        for name, (sent, received, touched) in found.items():
-            n = int(name)
-            k = elements(DENSITY, n)
-            assert received == STEPS * allgather(ranks, k).bytes
-            assert sent == STEPS * payload_bytes(INDEXED, "float32", k)
+    for found in told:
+        assert found["ranks"] == ranks
+        for scheme, layout in (("TopK", INDEXED), ("SignTopK", SIGNS)):
+            for name, (sent, received) in found["bytes"][scheme].items():
+                k = elements(DENSITY, int(name))
+                assert received == STEPS * allgather(ranks, k, layout=layout).bytes
+                assert sent == STEPS * payload_bytes(layout, "float32", k)
+        for name, touched in found["unions"].items():
+            n, k = int(name), elements(DENSITY, int(name))
             assert touched <= min(n, ranks * k)
             # five standard deviations, if each element is drawn or not by itself
             assert abs(touched - union(ranks, n, k)) < 5 * union(ranks, n, k) ** 0.5

@@ -55,9 +55,11 @@ class Transfer:
     bytes: float
 
 
-def allgather(ranks: int, k: int, *, dtype: str = "float32") -> Transfer:
+def allgather(
+    ranks: int, k: int, *, dtype: str = "float32", layout: int = INDEXED
+) -> Transfer:
     """The payloads of k elements of all ranks, to all ranks: grows with the ranks."""
-    payload = payload_bytes(INDEXED, dtype, k)
+    payload = payload_bytes(layout, dtype, k)
     return Transfer(ranks - 1, (ranks - 1) * payload)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from hvd_sparse.doctor import installed
 from hvd_sparse.doctor.local import measure_local
 from hvd_sparse.doctor.model import tensors_in, tensors_of
 from hvd_sparse.doctor.network import Network, measure_network
-from hvd_sparse.doctor.prediction import predict, verdict
+from hvd_sparse.doctor.prediction import Prediction, predict, verdict
 from hvd_sparse.doctor.transport import DOORS, Transport, found_door, open_door
 
 DESCRIPTION = """What is installed and built; and, after mpirun or horovodrun, what the
@@ -21,7 +22,11 @@ network of this job can do, and whether sparsification will pay on it:
   python -m hvd_sparse.doctor
   mpirun -np 2 python -m hvd_sparse.doctor --parameters 25000000
   horovodrun -np 2 python -m hvd_sparse.doctor --checkpoint model.pt
+
+Told what a step takes on one rank, without communication (--compute-s), it predicts
+whole steps, as if the backward pass hid nothing of an exchange.
 """
+STDOUT = Path("-")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -44,8 +49,28 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--door", choices=DOORS, help="horovod in a job of horovodrun --mpi"
     )
-    parser.add_argument("--json", type=Path, help="write what was found there too")
+    parser.add_argument(
+        "--compute-s",
+        type=_seconds,
+        metavar="S",
+        help="what a step takes without communication: predicts whole steps",
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=STDOUT,
+        metavar="FILE",
+        help="write what was found there too; without FILE, that and nothing else",
+    )
     return parser.parse_args(arguments)
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return seconds
 
 
 def examine(arguments: argparse.Namespace, transport: Transport) -> dict[str, Any]:
@@ -83,9 +108,14 @@ def _prognosis(arguments: argparse.Namespace, transport: Transport) -> dict[str,
         },
         "network": _collectives(network),
         "model": {"parameters": sum(sizes), "tensors": len(sizes)},
-        "predictions": [row._asdict() for row in rows],
+        "predictions": [_told(row, arguments.compute_s) for row in rows],
         "verdict": verdict(rows),
     }
+
+
+def _told(row: Prediction, compute_s: float | None) -> dict[str, Any]:
+    whole = {} if compute_s is None else {"step_s": compute_s + row.seconds}
+    return {**row._asdict(), **whole}
 
 
 def _tensors(arguments: argparse.Namespace, transport: Transport) -> list[int]:
@@ -131,7 +161,11 @@ def main() -> None:
     if transport.rank:
         return
     if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+        text = json.dumps(found, indent=1) + "\n"
+        if arguments.json == STDOUT:
+            sys.stdout.write(text)
+            return
+        arguments.json.write_text(text)
     try:
         from rich.console import Console
 

@@ -9,6 +9,8 @@ ALIASES = {
     "tensorflow": ("tensorflow", "tensorflow-cpu"),
     "hvd_sparse": ("hvd-sparse",),
 }
+CONTROLLERS = ("MPI", "Gloo")
+OPERATIONS = ("NCCL", "DDL", "CCL", "MPI", "Gloo")
 MISSING = "not installed"
 
 
@@ -27,18 +29,24 @@ def _version(package: str) -> str:
     return MISSING
 
 
-def horovod() -> dict[str, bool]:
-    """What Horovod was built with: frameworks, transports; {} if there is none."""
+def horovod() -> dict[str, bool | list[str]]:
+    """What Horovod was built with; {} if there is none.
+
+    Frameworks, "controllers" (by which ranks agree on what comes next) and "operations"
+    (which move tensors), as in `horovodrun --check-build`.
+    """
     spec = util.find_spec("horovod")
     if spec is None or spec.origin is None:
         return {}
     folder = Path(spec.origin).parent
-    facts = {f: any(folder.glob(f"{f}/mpi_lib*")) for f in ("torch", "tensorflow")}
+    facts: dict[str, bool | list[str]] = {
+        f: any(folder.glob(f"{f}/mpi_lib*")) for f in ("torch", "tensorflow")
+    }
     usable = [f for f, built in facts.items() if built and util.find_spec(f)]
     if usable:
         door = import_module(f"horovod.{usable[0]}")
-        for name in ("mpi", "gloo", "nccl", "ccl"):
-            facts[name] = bool(getattr(door, f"{name}_built")())
+        for fact, names in (("controllers", CONTROLLERS), ("operations", OPERATIONS)):
+            facts[fact] = [n for n in names if getattr(door, f"{n.lower()}_built")()]
     return facts
 
 

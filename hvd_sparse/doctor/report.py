@@ -25,8 +25,11 @@ def _pairs(title: str, facts: Mapping[str, Any]) -> Table:
     table = Table(title=title, title_justify="left", show_header=False)
     words = {True: "yes", False: "no"}
     for name, fact in facts.items():
-        value = words[fact] if isinstance(fact, bool) else fact
-        table.add_row(name, str(value))
+        if isinstance(fact, bool):
+            fact = words[fact]
+        elif isinstance(fact, list):
+            fact = ", ".join(fact) or "none"
+        table.add_row(name, str(fact))
     return table
 
 
@@ -44,15 +47,22 @@ def _network(collectives: Mapping[str, Mapping[str, Any]]) -> Table:
 def _predictions(model: Mapping[str, Any], rows: list[dict[str, Any]]) -> Table:
     title = f"a step's exchange of {model['parameters']:,} parameters, predicted"
     table = Table(title=title, title_justify="left")
-    for column in ("", "ms", "of it local", "bytes of a rank", "against dense"):
+    columns = ["", "ms", "of it local", "bytes of a rank", "against dense"]
+    steps = [row["step_s"] for row in rows if "step_s" in row]  # of all, or of none
+    if steps:
+        columns += ["whole step, ms", "against dense"]
+    for column in columns:
         table.add_column(column, justify="right" if column else "left")
-    for row in rows:
+    for i, row in enumerate(rows):
         density = row["density"]
-        table.add_row(
+        cells = [
             row["method"] if density is None else f"sparse, {density:.2%}",
             f"{1e3 * row['seconds']:.1f}",
             f"{1e3 * row['local_s']:.1f}",
             f"{row['bytes']:,}",
             f"{row['seconds'] / rows[0]['seconds']:.3f}" if rows[0]["seconds"] else "",
-        )
+        ]
+        if steps:
+            cells += [f"{1e3 * steps[i]:.1f}", f"{steps[i] / steps[0]:.3f}"]
+        table.add_row(*cells)
     return table
