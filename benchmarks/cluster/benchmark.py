@@ -228,7 +228,7 @@ def judge(rows: list[dict]) -> bool:
         passed &= ratio <= most
         console.print(
             f"{'PASS' if ratio <= most else 'FAIL'}: 2 hosts, {rate}: 0.1 % under "
-            f"Horovod takes {ratio:.2f} of {other}, at most {most:.2f}",
+            f"Horovod takes {ratio:.3f} of {other}, at most {most}",
             highlight=False,
             soft_wrap=True,
         )
