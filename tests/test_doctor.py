@@ -99,9 +99,13 @@ def test_a_step_is_told_in_the_table_where_it_is_known() -> None:
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "inf", "nan", "soon"])
-def test_a_compute_time_that_is_none_is_refused(seconds: str) -> None:
+def test_a_compute_time_that_is_none_is_refused(
+    seconds: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         parse(["--compute-s", seconds])
+    told = f"--compute-s: must be a positive number, got {seconds}"
+    assert told in capsys.readouterr().err
 
 
 @needs_horovodrun

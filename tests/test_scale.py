@@ -18,7 +18,7 @@ from hvd_sparse.core.scale import (
 )
 from hvd_sparse.core.sparsifiers import elements
 
-DENSITY, STEPS = 0.02, 3  # of the program
+DENSITY, STEPS, SIZES = 0.02, 3, 3  # of the program
 
 
 @needs_mpirun
@@ -30,7 +30,9 @@ def test_counted_bytes_match_the_model_exactly(ranks: int) -> None:
     assert len(told) == ranks
     for found in told:
         assert found["ranks"] == ranks
+        assert len(found["unions"]) == SIZES
         for scheme, layout in (("TopK", INDEXED), ("SignTopK", SIGNS)):
+            assert len(found["bytes"][scheme]) == SIZES
             for name, (sent, received) in found["bytes"][scheme].items():
                 k = elements(DENSITY, int(name))
                 assert received == STEPS * allgather(ranks, k, layout=layout).bytes

@@ -275,7 +275,8 @@ def end_in_order(limit_s: int) -> None:
         sys.exit(128 + number)
 
     for ending in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
-        signal.signal(ending, leave)
+        if signal.getsignal(ending) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(ending, leave)
     signal.alarm(limit_s)
 
 

@@ -5,7 +5,8 @@ each element once. LLVM does not fuse "add, compare, remember the rare hits" whe
 written as a scalar loop (2.5 to 4.5 times the addition, measured), so this file writes
 that body as vector instructions, which LLVM lowers to whatever the processor has: the
 result costs as much as the addition on AVX-512, AVX2 and plain SSE2 alike. `draw16`
-hashes every index and is bound by the processor: a draw takes 2 to 3 times as long.
+hashes every index and is bound by the processor: a draw takes 2.5 times as long with
+AVX-512, and 5 times with SSE2.
 
 float16 and bfloat16 gradients arrive as their bit patterns, int16 and uint16 arrays
 respectively, because Numba has neither type on the host. They are widened to float32 in
