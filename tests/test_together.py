@@ -11,6 +11,7 @@ from laws import SIZES, Kind, Ranks, kinds, same_bits, shares
 from hvd_sparse import PayloadError, RandomK, Selection, TopK
 from hvd_sparse.core.path import Flight
 from hvd_sparse.core.together import Together
+from hvd_sparse.kernels.threads import SMALLEST_PART
 
 WIDE = [np.float32, np.float64]
 SEVERAL = {"a": (7, 3), "b": (), "c": (300,), "d": (40000,)}
@@ -25,7 +26,7 @@ def several(step: int, rank: int, dtype: Any) -> dict[str, np.ndarray]:
 
 
 class Groups:
-    """The groups of N ranks, and what each of them held last."""
+    """The groups of N ranks, and what each of them sent last."""
 
     def __init__(self, size: int, sparsifier: Any) -> None:
         self.ranks = Ranks(size, sparsifier)
@@ -35,12 +36,8 @@ class Groups:
     def send(self, gradients: list[dict[str, np.ndarray]]) -> np.ndarray:
         """Returns what all ranks gather: one message of each."""
         self.flights = [
-            [hold(group, name, g) for name, g in own.items()]
-            for group, own in zip(self.groups, gradients, strict=True)
+            send(group, own) for group, own in zip(self.groups, gradients, strict=True)
         ]
-        for group in self.groups:
-            group.send(list(group.held))
-            assert not group.held
         return np.concatenate(
             [wire[name][-1] for wire in self.wires for name in gradients[0]]
         )
@@ -58,14 +55,10 @@ class Groups:
         return self.ranks.paths[0].exchange.wires
 
 
-def hold(group: Together, name: str, gradient: np.ndarray) -> Flight:
-    flight = may_hold(group, name, gradient)
-    assert flight is not None
-    return flight
-
-
-def may_hold(group: Together, name: str, gradient: np.ndarray) -> Flight | None:
-    return group.hold(group.path.admit(name, gradient), gradient)
+def send(group: Together, gradients: dict[str, np.ndarray]) -> list[Flight]:
+    tensors = [group.path.admit(name, g) for name, g in gradients.items()]
+    assert all(tensor.grouped for tensor in tensors)
+    return group.send(tensors, list(gradients.values()))
 
 
 @pytest.mark.parametrize("dtype", WIDE)
@@ -127,13 +120,25 @@ def test_nonfinite_elements_stay_out_and_every_rank_is_told(value: float) -> Non
 
 def test_what_the_group_can_not_do_is_left_to_the_path() -> None:
     gradient = several(0, 0, np.float32)["a"]
-    half, strided = gradient.astype(np.float16), gradient.T
-    for own in (half, strided):
-        group = Groups(1, TopK(0.05)).groups[0]
-        assert may_hold(group, "a", own) is None
-        assert not group.held
+
+    def grouped(sparsifier: Any, own: Any) -> bool:
+        return Ranks(1, sparsifier).paths[0].admit("a", own).grouped
+
+    assert grouped(TopK(0.05), gradient)
+    assert not grouped(TopK(0.05), gradient.astype(np.float16))
     for sparsifier in (RandomK(0.05), Custom()):
-        assert may_hold(Groups(1, sparsifier).groups[0], "a", gradient) is None
+        assert not grouped(sparsifier, gradient)
+
+
+def test_large_tensors_go_alone_where_there_are_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    large = np.zeros(2 * SMALLEST_PART, np.float32)
+    for threads, grouped in (("1", True), ("2", False)):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        path = Ranks(1, TopK(0.05)).paths[0]
+        assert path.admit("large", large).grouped == grouped
+        assert path.admit("small", large[1:]).grouped
 
 
 class Custom:
@@ -145,29 +150,16 @@ class Custom:
         raise NotImplementedError
 
 
-def test_a_gradient_held_in_vain_is_accumulated_when_the_next_one_comes() -> None:
-    first, second = (several(step, 0, np.float32)["c"] for step in range(2))
+@pytest.mark.parametrize("name", ["a", "c"])
+def test_a_gradient_that_is_kept_is_sent_with_the_next_one(name: str) -> None:
+    first, second = (several(step, 0, np.float32)[name] for step in range(2))
     group = Groups(1, TopK(0.05)).groups[0]
-    hold(group, "c", first)
-    hold(group, "c", second)
-    given = first + second
-    group.send(["c"])
-    path = group.path
-    path.recall(Flight(path.tensors["c"], None, "c"))
-    same_bits(path.memory.residuals["c"], given)
-
-
-def test_memory_that_the_next_gradient_took_is_not_accumulated() -> None:
-    gradient = several(0, 0, np.float32)["c"]
-    group = Groups(1, TopK(0.05)).groups[0]
-    hold(group, "c", gradient)
-    gradient[:] = several(1, 0, np.float32)["c"]
-    given = gradient.copy()
-    hold(group, "c", gradient)
-    group.send(["c"])
-    path = group.path
-    path.recall(Flight(path.tensors["c"], None, "c"))
-    same_bits(path.memory.residuals["c"], given)
+    tensor = group.path.admit(name, first)
+    group.keep(tensor, first)
+    given = (first + second).reshape(-1)
+    (flight,) = group.send([tensor], [second])
+    group.path.recall(flight)
+    same_bits(group.path.memory.residuals[name], given)
 
 
 def test_a_group_with_anything_unexpected_is_left_to_be_received_one_by_one() -> None:

@@ -54,6 +54,7 @@ from hvd_sparse.core.sparsifiers import (
 from hvd_sparse.core.stochastic import Stochastic
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.kernels import kernels_for
+from hvd_sparse.kernels.host import is_one_part
 from hvd_sparse.kernels.reference import check_indices
 
 STATE_FORMAT = 1
@@ -75,7 +76,7 @@ class Tensor:
         clears: the sparsifier can leave zeros where the gradient was.
         dense: this tensor takes the library's own allreduce.
         plain: its payloads have a fixed size and all there is to know of its entries.
-        grouped: the sparsifier can select from several tensors in one go.
+        grouped: it may be sent together with others (see `together`).
         payload: the last one's bytes; their memory serves the next.
         in_flight: sent and not received yet.
         latest: the step of the rank that is furthest, where ranks may be apart.
@@ -417,6 +418,8 @@ class GradientPath:
         step, chosen = self._restore_loaded(name, gradient)
         sparsifier, layout, k, dense = self._plan(name, n, dtype)
         varies = getattr(sparsifier, "density", None) is None
+        wide = dtype in ("float32", "float64")
+        plain = layout == INDEXED and wide and not (dense or varies)
         facts = (name, shape, dtype, k, layout, self.configuration)
         header = Header(layout, dtype, n, k, step, _digest(facts))
         return Tensor(
@@ -430,10 +433,11 @@ class GradientPath:
             varies=varies,
             clears="out" in signature(sparsifier.select).parameters,
             dense=dense,
-            plain=layout == INDEXED
-            and dtype in ("float32", "float64")
-            and not (dense or varies),
-            grouped=hasattr(sparsifier, "select_group"),
+            plain=plain,
+            grouped=plain
+            and hasattr(sparsifier, "select_group")
+            and isinstance(gradient, np.ndarray)
+            and is_one_part(n),  # with more threads it gains more by itself
             chosen=chosen,
         )
 

@@ -47,6 +47,7 @@ _MAGIC = b"HVSP"
 _HEADER = Struct("<4sBBBBiiqQ")
 _NONFINITE = 1
 _FLAGS_AT = 7
+_STEP_AT = 16
 _INDEX: Any = np.dtype("<i4")
 _VALUES: dict[int, Any] = {4: np.dtype("<f4"), 8: np.dtype("<f8")}
 _SIGN = np.uint32(1 << 31)
@@ -221,71 +222,69 @@ def _packed(header: Header) -> bytes:
     return _HEADER.pack(_MAGIC, VERSION, layout, code, 0, n, k, step, digest)
 
 
-def lay_out(headers: Sequence[Header]) -> tuple[list[Bytes], Array]:
-    """The payloads of a whole group, of layout 1, without their entries.
+class Message:
+    """Payloads of layout 1 side by side; all but their steps is the same every time."""
 
-    Returns:
-        payloads: side by side in fresh memory, in the order of the headers.
-        table: (payloads, 3) int64: where to write indices and values, as addresses,
-            and k.
-    """
-    bounds, table = _places(headers)
-    buffer = np.zeros(bounds[-1], np.uint8)
-    buffer[_of_headers(bounds)] = _packed_together(headers)
-    table[:, :2] += address(buffer)
-    return [buffer[i:j] for i, j in pairwise(bounds.tolist())], table
+    def __init__(self, headers: Sequence[Header]) -> None:
+        """Of these tensors, in this order; the steps of the headers do not matter."""
+        ks = np.array([header.k for header in headers])
+        wide = np.array([value_bytes(header.dtype) for header in headers])
+        sizes = HEADER_BYTES + -(-ks * (wide + 4) // 8) * 8
+        bounds = np.concatenate([[0], np.cumsum(sizes)])
+        values = bounds[:-1] + HEADER_BYTES
+        # (payloads, 3) int64: offsets of indices and of values, and k
+        self._places = np.stack([values + ks * wide, values, ks], axis=1)
+        self._bounds: list[int] = bounds.tolist()
+        self._at = bounds[:-1, None] + np.arange(HEADER_BYTES)  # bytes of headers
+        packed = bytearray(b"".join(map(_packed, headers)))
+        self._headers = np.frombuffer(packed, np.uint8).reshape(-1, HEADER_BYTES)
+        self._steps = self._headers[:, _STEP_AT : _STEP_AT + 8].view("<i8")[:, 0]
+
+    def lay_out(self, steps: Sequence[int]) -> tuple[list[Bytes], Array]:
+        """The payloads without their entries.
+
+        Args:
+            steps: completed exchanges of each tensor.
+
+        Returns:
+            payloads: side by side in fresh memory.
+            table: (payloads, 3) int64: where to write indices and values, as addresses,
+                and k.
+        """
+        buffer = np.zeros(self._bounds[-1], np.uint8)
+        self._steps[:] = steps
+        buffer[self._at] = self._headers
+        table = self._places.copy()
+        table[:, :2] += address(buffer)
+        return [buffer[i:j] for i, j in pairwise(self._bounds)], table
+
+    def locate(self, buffer: Bytes, steps: Sequence[int], ranks: int) -> Array | None:
+        """Where the entries lie in what all ranks sent.
+
+        Args:
+            buffer: of each rank, the payloads of this message.
+            steps: as for `lay_out`.
+            ranks: how many.
+
+        Returns:
+            (payloads, ranks, 3) int64: addresses of indices and of values, and k. None
+            unless every header is just as expected: `decode` says what is the matter.
+        """
+        size = self._bounds[-1]
+        if buffer.size != ranks * size:
+            return None
+        self._steps[:] = steps
+        own = buffer.reshape(ranks, size)
+        if not (own[:, self._at] == self._headers).all():
+            return None
+        table = np.repeat(self._places[:, None], ranks, axis=1)
+        table[..., :2] += (address(buffer) + size * np.arange(ranks))[:, None]
+        return table
 
 
 def mark_nonfinite(payload: Bytes) -> None:
     """This rank met elements that were not finite."""
     payload[_FLAGS_AT] |= _NONFINITE
-
-
-def locate(buffer: Bytes, expected: Sequence[Header], ranks: int) -> Array | None:
-    """Where the entries of a whole group lie, found at once instead of one by one.
-
-    Args:
-        buffer: of each rank, the payloads that are expected, in this order.
-        expected: what this rank sent itself; layout 1.
-        ranks: how many.
-
-    Returns:
-        (payloads, ranks, 3) int64: addresses of indices and of values, and k. None
-        unless every header is just as expected: `decode` says what is the matter.
-    """
-    bounds, places = _places(expected)
-    if buffer.size != ranks * bounds[-1]:
-        return None
-    own = buffer.reshape(ranks, -1)
-    if not (own[:, _of_headers(bounds)] == _packed_together(expected)).all():
-        return None
-    table = np.repeat(places[:, None], ranks, axis=1)
-    table[..., :2] += (address(buffer) + bounds[-1] * np.arange(ranks))[:, None]
-    return table
-
-
-def _places(headers: Sequence[Header]) -> tuple[Array, Array]:
-    """Where payloads of layout 1 begin and end, side by side, and where their entries.
-
-    Returns:
-        bounds: (payloads + 1,) int64 offsets.
-        table: (payloads, 3) int64: offsets of indices and of values, and k.
-    """
-    ks = np.array([header.k for header in headers])
-    wide = np.array([value_bytes(header.dtype) for header in headers])
-    sizes = HEADER_BYTES + -(-ks * (wide + 4) // 8) * 8
-    bounds = np.concatenate([[0], np.cumsum(sizes)])
-    values = bounds[:-1] + HEADER_BYTES
-    return bounds, np.stack([values + ks * wide, values, ks], axis=1)
-
-
-def _of_headers(bounds: Array) -> Array:
-    """Which bytes of payloads side by side are headers."""
-    return (bounds[:-1, None] + np.arange(HEADER_BYTES)).reshape(-1)
-
-
-def _packed_together(headers: Sequence[Header]) -> Bytes:
-    return np.frombuffer(b"".join(map(_packed, headers)), np.uint8)
 
 
 def _read_signs(buffer: Bytes, header: Header, k: int, nonfinite: int) -> Selection:

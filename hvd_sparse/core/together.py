@@ -1,8 +1,6 @@
 """The path for a group of tensors in one go, which saves small ones a word about each.
 
-    hold, hold, hold, ... -> send \
-                                   exchange
-                          receive /
+    send -> exchange -> receive
 
 What happens to each tensor, and every bit of the result, is as in `path`; only the
 loops over the group are in the kernels. It serves gradients in host memory that give
@@ -10,70 +8,47 @@ way to their result, of sparsifiers that have `select_group`, and an exchange wh
 handles are names. Whatever else there is takes the path by itself.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from hvd_sparse.core.contracts import Array, PayloadError
 from hvd_sparse.core.path import Flight, GradientPath, Tensor, is_flat
-from hvd_sparse.core.payload import Bytes, lay_out, locate, mark_nonfinite
+from hvd_sparse.core.payload import Bytes, Message, mark_nonfinite
 from hvd_sparse.kernels import host
+
+_MOST_MESSAGES = 64  # remembered
 
 
 class Together:
     """Groups on a path."""
 
     def __init__(self, path: GradientPath) -> None:
-        """Nothing is held."""
+        """Nothing is known of any group yet."""
         self.path = path
-        self._held: dict[str, Array] = {}
+        self._messages: dict[tuple[str, ...], Message] = {}
 
-    @property
-    def held(self) -> Iterable[str]:
-        """The names of what is held."""
-        return self._held.keys()
-
-    def hold(self, tensor: Tensor, gradient: Array) -> Flight | None:
-        """As `GradientPath.send` in place, but nothing is done until `send`.
-
-        What was held for a step that was given up is accumulated when the next one
-        comes, unless that has taken its memory.
+    def send(
+        self, tensors: Sequence[Tensor], gradients: Sequence[Array]
+    ) -> list[Flight]:
+        """Accumulate, select and encode in place, and start the exchanges.
 
         Args:
-            tensor: what `GradientPath.admit` said of the gradient.
-            gradient: as for GradientPath.send.
-
-        Returns:
-            None, and nothing was done, where the group is no place for it.
+            tensors: what `GradientPath.admit` said of the gradients: that they may be
+                `grouped`.
+            gradients: contiguous; otherwise as for GradientPath.send.
         """
-        if not tensor.grouped or not _is_plain(tensor, gradient):
-            return None
-        if not host.is_one_part(gradient.size):  # of threads; then it gains by itself
-            return None
-        name = tensor.name
-        earlier = self._held.get(name)
-        if earlier is not None and not np.may_share_memory(earlier, gradient):
-            host.accumulate(self.path.memory.residual(name, earlier), earlier)
-        self._held[name] = gradient
-        return Flight(tensor, None, name, cleared=True)
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            both = zip(tensors, gradients, strict=True)
+            self._send_alike([(t, g.reshape(-1)) for t, g in both if t.dtype == dtype])
+        return [Flight(tensor, None, tensor.name, cleared=True) for tensor in tensors]
 
-    def send(self, names: Iterable[str]) -> None:
-        """Accumulate, select and encode what is held, and start its exchange."""
-        groups: dict[str, list[Tensor]] = {}
-        for name in names:
-            tensor = self.path.tensors[name]
-            groups.setdefault(tensor.dtype, []).append(tensor)
-        for tensors in groups.values():
-            self._send_alike(tensors)
-
-    def _send_alike(self, tensors: list[Tensor]) -> None:
-        gradients = [self._held.pop(tensor.name).reshape(-1) for tensor in tensors]
-        residuals = [
-            self.path.memory.residual(tensor.name, gradient)
-            for tensor, gradient in zip(tensors, gradients, strict=True)
-        ]
-        payloads, table = lay_out([tensor.header for tensor in tensors])
+    def _send_alike(self, group: Sequence[tuple[Tensor, Array]]) -> None:
+        tensors, gradients = zip(*group, strict=True)
+        residuals = [self.path.memory.residual(t.name, g) for t, g in group]
+        message = self._message(tensors)
+        payloads, table = message.lay_out([tensor.header.step for tensor in tensors])
         sparsifier: Any = tensors[0].sparsifier  # it has select_group
         nonfinite = sparsifier.select_group(residuals, gradients, table)
         for tensor, payload, wrong in zip(tensors, payloads, nonfinite, strict=True):
@@ -82,6 +57,11 @@ class Together:
             tensor.payload, tensor.in_flight = payload, True
             tensor.chosen = tensor.header.k
             self.path.exchange.start(tensor.name, payload)
+
+    def keep(self, tensor: Tensor, gradient: Array) -> None:
+        """Accumulate, and send nothing: a step was given up before it was sent."""
+        residual = self.path.memory.residual(tensor.name, gradient)
+        host.accumulate(residual, gradient.reshape(-1))
 
     def receive(
         self, flights: Sequence[Flight], outs: Sequence[Array], gathered: Bytes
@@ -105,13 +85,13 @@ class Together:
         cleared = all(flight.cleared for flight in flights)
         if not (alike and cleared and all(map(_is_plain, tensors, outs))):
             return False
-        expected = [tensor.header for tensor in tensors]
-        table = locate(gathered, expected, path.exchange.size)
+        steps = [tensor.header.step for tensor in tensors]
+        table = self._message(tensors).locate(gathered, steps, path.exchange.size)
         if table is None:
             return False
         wrong = host.aggregate_group(outs, table, path.scale)
         if wrong >= 0:
-            name, n = tensors[wrong].name, expected[wrong].n
+            name, n = tensors[wrong].name, tensors[wrong].header.n
             raise PayloadError(f"{name}: indices must ascend in [0, {n})")
         others = path.exchange.size - 1
         for flight, tensor in zip(flights, tensors, strict=True):
@@ -121,9 +101,14 @@ class Together:
             path.settle(flight)
         return True
 
-    def forget(self) -> None:
-        """What is held will not be sent."""
-        self._held.clear()
+    def _message(self, tensors: Sequence[Tensor]) -> Message:
+        """Its layout: most often the same tensors travel together in every step."""
+        names = tuple(tensor.name for tensor in tensors)
+        if names not in self._messages:
+            if len(self._messages) == _MOST_MESSAGES:  # gradients come and go
+                self._messages.clear()
+            self._messages[names] = Message([tensor.header for tensor in tensors])
+        return self._messages[names]
 
 
 def _is_plain(tensor: Tensor, array: Array) -> bool:

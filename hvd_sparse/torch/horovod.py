@@ -20,8 +20,10 @@ whose place the result will take, is all zeros.
 import threading
 import weakref
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from hvd_sparse.carriers import Carrier, Embedded, Gathered
@@ -46,27 +48,34 @@ Tensor = torch.Tensor
 _REDUCIBLE = (torch.float16, torch.float32, torch.float64)  # by Horovod 0.28.1
 
 
-class Context(NamedTuple):
-    """What decompress must know of a gradient that compress sent.
+@dataclass(slots=True)
+class Context:
+    """What decompress must know of a gradient that compress was given.
 
     Attributes:
         name: of its parameter.
         gradient: what Horovod gave; the result is written into it.
-        flight: None where the gradient itself is reduced by Horovod.
-        array: the gradient as the path sees it.
-        version: of the gradient; another one means that somebody wrote into it.
+        dense: the gradient itself is reduced by Horovod.
+        flight: None until it is on its way.
+        array: the gradient as the path sees it, from then on.
+        version: of the gradient then; another one: somebody wrote into it since.
     """
 
     name: str
     gradient: Tensor
-    flight: Flight | None
-    array: Any
-    version: int
+    dense: bool = False
+    flight: Flight | None = None
+    array: Any = None
+    version: int = 0
 
     @property
     def sent(self) -> Flight:
-        """The flight of a gradient that is not reduced by Horovod."""
-        assert self.flight is not None
+        """The flight of a gradient that is on its way."""
+        if self.flight is None:
+            raise ExchangeError(
+                f"{self.name}: is not on its way: a state was loaded between the "
+                "backward pass and the optimizer's step"
+            )
         return self.flight
 
     @property
@@ -141,6 +150,7 @@ class SparseCompressor:
         self._together = Together(self._path)
         self._names = ParameterNames(named_parameters)
         self._under_way: dict[str, Context] = {}
+        self._waiting: dict[str, Context] = {}  # for the last one of their batch
         self._planned = False
         self._optimizer: weakref.ref[Any] | None = None
         self._elastic = elastic.is_elastic()
@@ -200,10 +210,10 @@ class SparseCompressor:
         if ctx is None:  # a sparse gradient: Horovod gathers its rows itself
             return tensor
         with self._lock:
-            if ctx.flight is None:
+            if ctx.dense:
                 self._receive_dense(tensor, ctx)
-            elif ctx.flight.tensor.in_flight or ctx.name in self._together.held:
-                self._receive(tensor, ctx, ctx.flight)
+            elif ctx.name in self._waiting or ctx.sent.tensor.in_flight:
+                self._receive(tensor, ctx)
             return ctx.gradient  # received, some with the first of their batch
 
     # ---------------------------------------------------------------------- there
@@ -221,25 +231,48 @@ class SparseCompressor:
         self._planned = True
 
     def _send(self, name: str, gradient: Tensor) -> tuple[Tensor, Context]:
-        array = viewed(gradient)
-        known = self._path.admit(name, array)
-        step = known.header.step
+        """As little as can be: what the backward pass has in cache stays there."""
+        known = self._path.tensors.get(name)
+        if known is None or known.dense:
+            known = self._path.admit(name, viewed(gradient))
+        self._watchdog.sent(name, known.header.step)
         if known.dense:
-            self._watchdog.sent(name, step)
-            return self._send_dense(name, gradient), Context(
-                name, gradient, None, array, 0
-            )
+            return self._send_dense(name, gradient), Context(name, gradient, dense=True)
         if known.in_flight:  # its result was never asked for: a step was given up
             self._path.recall(self._under_way[name].sent)
+        if name in self._waiting:
+            self._keep(self._waiting.pop(name), gradient)
         due = self._carrier.announce(name)
-        flight = self._together.hold(known, array) if self._carrier.batched else None
-        if flight is None:
-            flight = self._path.send(name, array, in_place=True)
-        context = Context(name, gradient, flight, array, gradient._version)
-        self._under_way[name] = context
-        self._watchdog.sent(name, step)
-        self._together.send(n for n in due if n in self._together.held)
-        return self._carrier.to_reduce(flight.handle), context
+        context = self._under_way[name] = Context(name, gradient)
+        if known.grouped and self._carrier.batched and gradient.is_contiguous():
+            self._waiting[name] = context
+            self._send_together(due)
+        else:
+            self._send_alone(context)
+        return self._carrier.to_reduce(name), context
+
+    def _keep(self, waiting: Context, gradient: Tensor) -> None:
+        """Of a step that was given up, unless the next gradient took its memory."""
+        earlier = viewed(waiting.gradient)
+        if not np.may_share_memory(earlier, viewed(gradient)):
+            self._together.keep(self._path.admit(waiting.name, earlier), earlier)
+
+    def _send_together(self, names: Iterable[str]) -> None:
+        """Send those of these tensors that wait."""
+        contexts = [self._waiting[name] for name in names if name in self._waiting]
+        known = []
+        for context in contexts:
+            context.array = viewed(context.gradient)
+            known.append(self._path.admit(context.name, context.array))
+        flights = self._together.send(known, [c.array for c in contexts])
+        for context, flight in zip(contexts, flights, strict=True):
+            context.flight, context.version = flight, context.gradient._version
+            del self._waiting[context.name]
+
+    def _send_alone(self, context: Context) -> None:
+        context.array = viewed(context.gradient)
+        context.flight = self._path.send(context.name, context.array, in_place=True)
+        context.version = context.gradient._version
 
     def _send_dense(self, name: str, gradient: Tensor) -> Tensor:
         """The gradient as Horovod can reduce it, with what may still wait of it."""
@@ -252,18 +285,19 @@ class SparseCompressor:
 
     # ------------------------------------------------------------------- and back
 
-    def _receive(self, reduced: Tensor, ctx: Context, flight: Flight) -> None:
+    def _receive(self, reduced: Tensor, ctx: Context) -> None:
         arrived = [ctx]
         try:
-            if self._together.held:  # of batches that are not complete
-                self._together.send(list(self._together.held))
+            self._send_together(list(self._waiting))  # their batches lack a member
+            flight = ctx.sent
             self._path.op = self._found(self._carrier.reduced(flight.handle, reduced))
             if batch := self._receive_batch(flight):
                 arrived = batch
             else:
                 self._receive_alone(ctx, flight)
         except BaseException as error:
-            self._path.recall(flight)
+            if ctx.flight is not None:
+                self._path.recall(ctx.flight)
             if self._watchdog.gave_up and not self._shutdown.recovers:
                 raise ExchangeError(self._watchdog.gave_up) from error
             raise  # elastic training recovers from Horovod's own error alone
@@ -389,8 +423,10 @@ class SparseCompressor:
             self._path.adopt(state)
 
     def _forget_flights(self) -> None:
+        for context in self._under_way.values():
+            context.flight = None
         self._under_way.clear()
-        self._together.forget()
+        self._waiting.clear()
         self._carrier.forget()
         self._planned = False  # routes depend on the number of ranks
         self._watchdog.forget()

@@ -761,6 +761,41 @@ def test_a_step_that_was_given_up_loses_nothing():
     )
 
 
+@pytest.mark.parametrize("taken", [False, True], ids=["kept", "its memory taken"])
+def test_what_waited_for_its_batch_in_a_step_that_was_given_up_is_kept(taken):
+    named = {name: nn.Parameter(torch.zeros(8)) for name in "pq"}
+    p, q = named.values()
+    compression = SparseCompressor(
+        TopK(0.5), named_parameters=named.items(), dense=Never()
+    )
+    compression._carrier.plan({"p": 32, "q": 32})
+    p.grad, q.grad = torch.arange(8.0), torch.ones(8)
+    compression.compress(p.grad)  # waits for q, in vain
+    if taken:
+        p.grad.fill_(16)
+    else:
+        p.grad = torch.full((8,), 16.0)
+    for parameter, (dummy, ctx) in [
+        (parameter, compression.compress(parameter.grad)) for parameter in (p, q)
+    ]:
+        reduced = hvd.allreduce(dummy, op=hvd.Average, name="waited")
+        assert compression.decompress(reduced, ctx) is parameter.grad
+    expected = np.full(8, 16.0) if taken else 16 + np.arange(8.0)
+    np.testing.assert_array_equal(
+        p.grad.numpy() + compression._path.memory.residuals["p"], expected
+    )
+
+
+def test_a_state_that_is_loaded_in_the_middle_of_a_step_is_an_error():
+    model = perceptron()
+    compression = compressor(model)
+    optimizer = wrap(model, compression)
+    loss_of(model, 0).backward()
+    compression.load_state_dict(compression.state_dict())
+    with pytest.raises(ExchangeError, match="is not on its way: a state was"):
+        optimizer.step()
+
+
 def test_a_batch_that_came_in_a_step_that_was_given_up_is_not_taken_for_the_next():
     exchange = GatheredExchange(lambda: hvd.global_process_set, "twice", padded=False)
     exchange.plan({"a": 8, "b": 8})
