@@ -20,14 +20,15 @@ fault = sys.argv[1]
 hvd.init()
 torch.manual_seed(0)
 torch.set_num_threads(1)
-last = hvd.rank() == hvd.size() - 1
+rank = hvd.rank()  # asked now: after a shutdown Horovod does not know
+last = rank == hvd.size() - 1
 dense = sparse.WhenCheaper() if fault == "pause-dense" else sparse.Never()
 density = 1.0 if fault == "pause-dense" else 0.05
 
 
 def say(text):
     """One write a line, so that lines of two ranks do not mix."""
-    os.write(2, f"rank {hvd.rank()}: {text}\n".encode())
+    os.write(2, f"rank {rank}: {text}\n".encode())
 
 
 model = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 3))
@@ -46,7 +47,7 @@ optimizer = hvd.DistributedOptimizer(
 
 def train(steps):
     for step in steps:
-        generator = torch.Generator().manual_seed(1000 * step + hvd.rank())
+        generator = torch.Generator().manual_seed(1000 * step + rank)
         optimizer.zero_grad()
         x = torch.randn(16, 6, generator=generator)
         model(x).square().sum(1).mean().backward()
