@@ -27,7 +27,8 @@ import torch_language_model as language
 import hvd_sparse.torch as sparse
 
 WIDTH, LAYERS, HEADS = 512, 8, 8  # 25.6 million parameters
-WINDOWS, LENGTH = 2, 32  # of text in a rank's batch; of bytes in a window
+WINDOWS = 2  # of text in a rank's batch
+LENGTHS = 16, 48  # of windows, in bytes: what is tried to find the one for a step
 WARM = 3  # rounds before any counts
 EVERY = 10  # steps between two looks at the validation loss
 LR, MOMENTUM = 0.1, 0.5
@@ -172,20 +173,25 @@ def new_network() -> nn.Module:
 class Task:
     """A transformer that predicts the next byte of Python's own source."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, length: int) -> None:
+        """Args: length: of the windows of text, in bytes."""
         self.text, self.validation = language.read_text()
         self.group = group
+        self.length = length
 
     def loss(self, network: nn.Module, step: int) -> torch.Tensor:
         """Of this rank's batch of a step, the same for every method."""
         draws = torch.Generator().manual_seed(step * self.group.size + self.group.rank)
-        starts = torch.randint(len(self.text) - LENGTH, (WINDOWS,), generator=draws)
+        starts = torch.randint(
+            len(self.text) - self.length, (WINDOWS,), generator=draws
+        )
         return self._loss(network, self.text, starts)
 
     @torch.no_grad()
     def validation_loss(self, network: nn.Module) -> float:
         """Of 32 windows spread evenly, shared out among the ranks."""
-        starts = torch.linspace(0, len(self.validation) - LENGTH - 1, 32).long()
+        last = len(self.validation) - self.length - 1
+        starts = torch.linspace(0, last, 32).long()
         mine = starts[self.group.rank :: self.group.size]
         loss = self._loss(network, self.validation, mine).item()
         return statistics.fmean(self.group.gather(loss))
@@ -193,7 +199,7 @@ class Task:
     def _loss(
         self, network: nn.Module, text: torch.Tensor, starts: torch.Tensor
     ) -> torch.Tensor:
-        windows = text[starts[:, None] + torch.arange(LENGTH + 1)].long()
+        windows = text[starts[:, None] + torch.arange(self.length + 1)].long()
         logits = network(windows[:, :-1])
         return functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
@@ -238,6 +244,22 @@ def time_steps(task: Task, methods: Sequence[Method], rounds: int) -> list[dict]
     ]
 
 
+def find_length(group: Group, seconds: float) -> int:
+    """Of windows with which a step without an exchange takes so long, about."""
+    tasks = [Task(group, length) for length in LENGTHS]
+    model, spent = alone(new_network(), 0), [[] for _ in tasks]
+    for step in range(WARM + 10):
+        for taken, task in zip(spent, tasks, strict=True):
+            group.barrier()
+            start = time.perf_counter()
+            task.train(model, step)
+            taken.append(time.perf_counter() - start)
+    everyone = group.gather([statistics.median(taken[WARM:]) for taken in spent])
+    short, long = (statistics.fmean(medians) for medians in zip(*everyone, strict=True))
+    slope = (long - short) / (LENGTHS[1] - LENGTHS[0])
+    return max(8, round(LENGTHS[0] + (seconds - short) / slope))
+
+
 def count_steps(
     task: Task, methods: Sequence[Method], target: float, limit: int
 ) -> list[dict]:
@@ -264,17 +286,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("door", choices=DOORS)
     parser.add_argument("file", help="where rank 0 writes its rows")
+    parser.add_argument("--length", type=int, default=32, help="of text, in bytes")
+    parser.add_argument(
+        "--find-length", type=float, metavar="SECONDS", help="of a step"
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--loss", type=float, help="count steps to it instead")
     parser.add_argument("--limit", type=int, default=400, help="of these steps")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     group, methods = DOORS[arguments.door]()
-    task = Task(group)
-    if arguments.loss is None:
-        rows = time_steps(task, methods, arguments.rounds)
-    else:
+    task = Task(group, arguments.length)
+    if arguments.find_length is not None:
+        rows = [{"length": find_length(group, arguments.find_length)}]
+    elif arguments.loss is not None:
         rows = count_steps(task, methods, arguments.loss, arguments.limit)
+    else:
+        rows = time_steps(task, methods, arguments.rounds)
     if group.rank == 0:
         Path(arguments.file).write_text(json.dumps(rows))
     group.barrier()
