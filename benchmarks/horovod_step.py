@@ -15,10 +15,10 @@ cache. The latter is counted in Horovod's timeline, by a run of its own: the thr
 writes the timeline spins, which would change the times.
 """
 
-# this folder's select.py hides the standard library's
+# this folder goes last: its select.py would hide the standard library's
 import sys
 
-sys.path.pop(0)
+sys.path.append(sys.path.pop(0))
 
 import argparse
 import json
@@ -32,6 +32,7 @@ from collections import Counter
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import horovod.torch as hvd
+import resnet50
 import torch
 from torch import nn
 
@@ -49,28 +50,13 @@ COMPRESSIONS = (STOCK, "fp16", *SPARSIFIERS)
 TRACED = 5  # steps of each in the timeline
 
 
-def resnet50_shapes():
-    """The 161 parameters of ResNet-50."""
-    shapes, width = [(64, 3, 7, 7), (64,), (64,)], 64
-    for planes, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            wide = 4 * planes
-            shapes += [(planes, width, 1, 1), (planes,), (planes,)]
-            shapes += [(planes, planes, 3, 3), (planes,), (planes,)]
-            shapes += [(wide, planes, 1, 1), (wide,), (wide,)]
-            if block == 0:
-                shapes += [(wide, width, 1, 1), (wide,), (wide,)]
-            width = wide
-    return [*shapes, (1000, 2048), (1000,)]
-
-
 class Gradients:
     """Other gradients in every step, by reading the same noise from elsewhere."""
 
     SPAN = 1 << 20
 
     def __init__(self):
-        self.parameters = [nn.Parameter(torch.zeros(s)) for s in resnet50_shapes()]
+        self.parameters = [nn.Parameter(torch.zeros(s)) for s in resnet50.shapes()]
         self.elements = sum(p.numel() for p in self.parameters)
         generator = torch.Generator().manual_seed(hvd.rank())
         self.noise = torch.randn(self.elements + self.SPAN, generator=generator)
@@ -221,7 +207,7 @@ def count_misses(ranks):
 
 def report(rows, ranks, arguments):
     """Prints, and returns whether all is well."""
-    print(f"{ranks} ranks, {len(resnet50_shapes())} tensors of ResNet-50, each step")
+    print(f"{ranks} ranks, {len(resnet50.shapes())} tensors of ResNet-50, each step")
     for row in rows:
         print(
             f"{row['compression']:10} {row['ms']:7.1f} ms, {row['ratio']:.2f} of stock "

@@ -11,10 +11,10 @@ noise does not show. One thread unless a row says otherwise. The portable rows r
 process that is told the processor is a plain x86-64 (SSE2).
 """
 
-# this file hides the standard library's `select` from all below
+# this folder goes last: this file would hide the standard library's `select`
 import sys
 
-sys.path.pop(0)
+sys.path.append(sys.path.pop(0))
 
 import argparse
 import json
@@ -28,6 +28,7 @@ os.environ.setdefault("OMPI_MCA_ess_singleton_isolated", "1")
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
+import resnet50
 import torch
 from mpi4py import MPI
 
@@ -37,13 +38,12 @@ from hvd_sparse.core.sparsifiers import elements
 from hvd_sparse.kernels import host
 from hvd_sparse.mpi import SparseAllreduce
 
-RESNET50_ELEMENTS = 25_557_032
 POOL = 6  # gradients that take turns
 
 
 def main():
     arguments = parse()
-    n = RESNET50_ELEMENTS // (10 if arguments.quick else 1)
+    n = resnet50.ELEMENTS // (10 if arguments.quick else 1)
     rows = []
     if arguments.cat:
         rows += adaptive(n)
@@ -57,7 +57,7 @@ def main():
         rows += portable(arguments.quick)
         rows += threads(n)
         rows.append(whole_path(n))
-        rows.append(resnet50())
+        rows.append(many_tensors())
         rows += adaptive(n)
         if not arguments.quick:
             rows += published(n)
@@ -267,23 +267,8 @@ def whole_path(n, density=0.001, steps=40):
     return row("whole path, one allreduce", "normal", density, times, floor, 2.5)
 
 
-def resnet50_shapes():
-    """The 161 parameters of ResNet-50."""
-    shapes, width = [(64, 3, 7, 7), (64,), (64,)], 64
-    for planes, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            wide = 4 * planes
-            shapes += [(planes, width, 1, 1), (planes,), (planes,)]
-            shapes += [(planes, planes, 3, 3), (planes,), (planes,)]
-            shapes += [(wide, planes, 1, 1), (wide,), (wide,)]
-            if block == 0:
-                shapes += [(wide, width, 1, 1), (wide,), (wide,)]
-            width = wide
-    return [*shapes, (1000, 2048), (1000,)]
-
-
-def resnet50(density=0.001, steps=40):
-    shapes = resnet50_shapes()
+def many_tensors(density=0.001, steps=40):
+    shapes = resnet50.shapes()
     rng = np.random.default_rng(0)
     gradients = [
         {
@@ -300,7 +285,7 @@ def resnet50(density=0.001, steps=40):
 
         for step in range(300):
             step_of(step)
-        times, floor = Floor(RESNET50_ELEMENTS).interleaved(step_of, steps)
+        times, floor = Floor(resnet50.ELEMENTS).interleaved(step_of, steps)
     detail = f"{len(shapes)} tensors of ResNet-50"
     return row("whole path, grouped_allreduce", detail, density, times, floor, 3.0)
 

@@ -39,9 +39,10 @@ except ModuleNotFoundError:  # then tables have no rows of torch: launch/test --
 
 
 def as_numpy(array: Any) -> np.ndarray:
-    """A numpy array over the memory of an array of any kind."""
+    """A numpy array over the memory of an array of any kind; a copy of a device's."""
     if isinstance(array, np.ndarray):
         return array
+    array = array.cpu()
     if array.dtype is torch.bfloat16:
         return array.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return array.numpy()
@@ -54,6 +55,14 @@ def as_torch(array: np.ndarray) -> Any:
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
+
+
+def on_device(array: np.ndarray) -> Any:
+    """A copy on the accelerator; without one, as_torch."""
+    tensor = as_torch(array)
+    if not torch.accelerator.is_available():
+        return tensor
+    return tensor.to(torch.accelerator.current_accelerator())
 
 
 def bits(array: Any) -> np.ndarray:
@@ -91,6 +100,8 @@ class TakesTurns(NamedTuple):
         turn = np.arange(step % self.stride, kept.size, self.stride, np.int32)[:k]
         values = kept[turn]
         kept[turn] = 0
+        if not isinstance(residual, np.ndarray):
+            residual.copy_(torch.from_numpy(kept))  # which may live elsewhere
         return Selection(turn, values, int(kept.size - finite.sum()))
 
 
@@ -151,7 +162,7 @@ KERNELS = {
     "host": Kernels(host, lambda array: array),
 }
 if torch is not None:
-    KERNELS["device"] = Kernels(device, as_torch)
+    KERNELS["device"] = Kernels(device, on_device)
 
 
 # ---------------------------------------------------------------- what to reduce
@@ -357,4 +368,6 @@ def on_the_wire(path: GradientPath, flight: Flight) -> Selection:
 def _used_memory(gradient: Any) -> Any:
     shape, dtype = tuple(gradient.shape), as_numpy(gradient.flatten()).dtype
     out = np.full(shape, 7).astype(dtype)
-    return out if isinstance(gradient, np.ndarray) else as_torch(out)
+    return (
+        out if isinstance(gradient, np.ndarray) else as_torch(out).to(gradient.device)
+    )

@@ -23,9 +23,9 @@ from laws import (
     Kind,
     Ranks,
     as_numpy,
-    as_torch,
     bits,
     kinds,
+    on_device,
     on_the_wire,
     rounds,
     same_bits,
@@ -159,7 +159,7 @@ def test_ranks_with_other_kinds_of_arrays_agree_bitwise(
     ranks = Ranks(2, any_sparsify(share))
     for step in range(2):
         of_numpy, of_torch = kind.make(dtype, step, 0), kind.make(dtype, step, 1)
-        here, there = ranks.step([of_numpy, as_torch(of_torch)])
+        here, there = ranks.step([of_numpy, on_device(of_torch)])
         same_bits(here, there)
     ranks.assert_all_went_sparse()
 

@@ -26,36 +26,46 @@ def zeros_like(gradient: Tensor) -> Tensor:
 
 
 def _accumulate(residual: Tensor, gradient: Tensor, out: Tensor | None) -> Tensor:
+    """How many sums were finite; nothing waits for the device to count them."""
     total = residual + gradient.to(residual.dtype)
     finite = total.isfinite()
-    residual.copy_(torch.where(finite, total, residual))
+    torch.where(finite, total, residual, out=residual)
     if out is not None:
         out.zero_()
-    return finite.logical_not().sum()
+    return finite.sum()
 
 
-def _take(residual: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    indices = chosen.nonzero().flatten()  # ascending
-    values = residual[indices]
-    residual[indices] = 0
-    return indices.to(torch.int32), values
+def _take(residual: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    values = residual[places]
+    residual[places] = 0
+    return places.to(torch.int32), values
 
 
-def _largest(magnitude: Tensor, k: int) -> Tensor:
-    """A mask of the k largest; torch.topk breaks ties as it likes, this never does."""
+def _largest(values: Tensor, k: int, least: Tensor | None = None) -> Tensor:
+    """Places of the k largest magnitudes, ascending; of those only that reach least.
+
+    torch.topk breaks ties as it likes, this gives them to the lowest index.
+    """
     if k == 0:
-        return torch.zeros_like(magnitude, dtype=torch.bool)
-    kth = torch.topk(magnitude, k, sorted=True).values[-1]
-    above, equal = magnitude > kth, magnitude == kth
-    return above | (equal & (equal.cumsum(0) <= k - above.sum()))
+        return torch.empty(0, dtype=torch.int64, device=values.device)
+    magnitude = values.abs()
+    kth = torch.topk(magnitude, k, sorted=False).values.min()
+    bound = kth if least is None else torch.maximum(kth, least)
+    places = (magnitude >= bound).nonzero().flatten()
+    if places.numel() > k:  # ties at the k-th, among few elements
+        above = magnitude[places] > kth
+        ties = k - above.sum()
+        places = places[above | ((~above).cumsum(0) <= ties)]
+    return places
 
 
 def select_top(
     residual: Tensor, gradient: Tensor, k: int, out: Tensor | None = None
 ) -> Selected:
     """Overwrites residual with residual + gradient less its k largest entries."""
-    nonfinite = _accumulate(residual, gradient, out)
-    return *_take(residual, _largest(residual.abs(), k)), int(nonfinite)
+    finite = _accumulate(residual, gradient, out)
+    taken = _take(residual, _largest(residual, k))
+    return *taken, residual.numel() - int(finite)
 
 
 def select_above(
@@ -66,30 +76,29 @@ def select_above(
     out: Tensor | None = None,
 ) -> Selected:
     """As select_top, for entries of magnitude >= bound, at most the limit largest."""
-    nonfinite = _accumulate(residual, gradient, out)
-    magnitude = residual.abs()
+    finite = _accumulate(residual, gradient, out)
     least = torch.tensor(bound, dtype=residual.dtype, device=residual.device)
-    chosen = (magnitude >= least) & _largest(magnitude, limit)
-    return *_take(residual, chosen), int(nonfinite)
+    taken = _take(residual, _largest(residual, limit, least))
+    return *taken, residual.numel() - int(finite)
 
 
 def select_at(
     residual: Tensor, gradient: Tensor, indices: Any, out: Tensor | None = None
 ) -> Selected:
     """As select_top, for the entries at the given ascending int32 host indices."""
-    nonfinite = _accumulate(residual, gradient, out)
-    places = torch.as_tensor(indices, device=residual.device)
-    values = residual[places]
-    residual[places] = 0
-    return places, values, int(nonfinite)
+    finite = _accumulate(residual, gradient, out)
+    taken = _take(residual, torch.as_tensor(indices, device=residual.device))
+    return *taken, residual.numel() - int(finite)
 
 
 def keep_largest(
     residual: Tensor, indices: Tensor, values: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
     """The k largest of what was selected; the others return to the residual."""
-    kept = _largest(values.abs(), k)
-    residual[indices[~kept]] = values[~kept]
+    kept = _largest(values, k)
+    others = torch.ones_like(values, dtype=torch.bool)
+    others[kept] = False
+    residual[indices[others]] = values[others]
     return indices[kept], values[kept]
 
 
@@ -108,7 +117,7 @@ select_some = select_top  # all that reach some bound: k, and here no more
 
 def select_again(residual: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """As select_some, with nothing to add."""
-    return _take(residual, _largest(residual.abs(), k))
+    return _take(residual, _largest(residual, k))
 
 
 def count_magnitudes(values: Tensor) -> Any:
@@ -128,13 +137,13 @@ def count_sums(residual: Tensor, gradient: Tensor) -> Any:
 
 def draw(residual: Tensor, gradient: Tensor, rate: float, seed: int) -> Selected:
     """Overwrites residual with 0: each entry c is drawn with p, and sent as c / p."""
-    nonfinite = _accumulate(residual, gradient, None)
+    finite = _accumulate(residual, gradient, None)
     chances = residual.abs() * torch.tensor(rate, dtype=residual.dtype)
     uniform = _uniform(residual.numel(), seed, residual.device)
     drawn = (uniform < chances).nonzero().flatten()
     values = residual[drawn] / chances[drawn].clamp(max=1)
     residual.zero_()
-    return drawn.to(torch.int32), values, int(nonfinite)
+    return drawn.to(torch.int32), values, residual.numel() - int(finite)
 
 
 def _uniform(n: int, seed: int, device: torch.device) -> Tensor:
@@ -182,7 +191,7 @@ def aggregate(
         total = zeros_like(out)
     for indices, values in payloads:
         add_at(total, indices, values)
-    out.copy_(total.mul_(torch.tensor(scale, dtype=total.dtype, device=total.device)))
+    out.copy_(total.mul_(torch.tensor(scale, dtype=total.dtype)))
 
 
 def random_indices(n: int, k: int, seed: int) -> Any:

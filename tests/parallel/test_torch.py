@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from laws import same_bits
 from mpi4py import MPI
 from torch import nn
 
@@ -84,24 +85,21 @@ def replicas_agree(model) -> bool:
 
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+SPARSIFIERS = [
+    TopK(0.05),
+    RandomK(0.1),
+    Threshold(0.01),
+    SignTopK(0.05),
+    SignTopK.alistarh(),
+    Stochastic(0.05),
+    CAT(TopK(), AFFINE),
+    CAT(SignTopK(), AFFINE),
+    CAT(Stochastic(), AFFINE),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "sparsifier",
-    [
-        TopK(0.05),
-        RandomK(0.1),
-        Threshold(0.01),
-        SignTopK(0.05),
-        SignTopK.alistarh(),
-        Stochastic(0.05),
-        CAT(TopK(), AFFINE),
-        CAT(SignTopK(), AFFINE),
-        CAT(Stochastic(), AFFINE),
-    ],
-    ids=repr,
-)
+@pytest.mark.parametrize("sparsifier", SPARSIFIERS, ids=repr)
 def test_replicas_agree_bitwise(sparsifier, dtype):
     model = perceptron(dtype)
     optimizer = distribute(sgd(model), model, sparsifier)
@@ -109,6 +107,27 @@ def test_replicas_agree_bitwise(sparsifier, dtype):
     assert replicas_agree(model)
     assert {t.route for t in optimizer.traffic.tensors.values()} == {"sparse"}
     optimizer.close()
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sparsifier", SPARSIFIERS, ids=repr)
+def test_gradients_on_an_accelerator_get_the_bits_of_the_hosts(sparsifier, dtype):
+    accelerator = torch.accelerator.current_accelerator()
+    here, there = perceptron(dtype), perceptron(dtype).to(accelerator)
+    optimizers = [distribute(sgd(model), model, sparsifier) for model in (here, there)]
+    for step in range(4):
+        here.zero_grad()
+        loss_of(here, step, dtype).backward()
+        for ours, theirs in zip(here.parameters(), there.parameters(), strict=True):
+            theirs.grad = ours.grad.to(accelerator)
+        for optimizer in optimizers:
+            optimizer.synchronize()
+        for ours, theirs in zip(here.parameters(), there.parameters(), strict=True):
+            assert theirs.grad.device.type == accelerator.type
+            same_bits(theirs.grad, ours.grad)
+    for optimizer in optimizers:
+        optimizer.close()
 
 
 def test_density_one_is_dense_training():
