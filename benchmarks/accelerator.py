@@ -4,10 +4,11 @@
 
 Selection: of 25.6 million float32 elements on steady residuals, beside torch.add_ and
 torch.topk of the magnitudes on the same device, in turns. A step: `synchronize()` of
-`hvd_sparse.torch.DistributedOptimizer` with the 161 gradients of ResNet-50; dense
-gradients visit the host, since plain MPI sends from there, and sparse ones do not. All
-ranks share the one accelerator. Medians; the slowest rank counts. Without an
-accelerator it says so and ends.
+`hvd_sparse.torch.DistributedOptimizer` with the 161 gradients of ResNet-50, which are
+copied from elsewhere on the device first, in the same time. Dense gradients visit the
+host, since plain MPI sends from there; sparse ones do not. All ranks share the one
+accelerator. Medians; the slowest rank counts. Without an accelerator it says so and
+ends.
 """
 
 # this folder goes last: its select.py would hide the standard library's

@@ -245,7 +245,13 @@ def time_steps(task: Task, methods: Sequence[Method], rounds: int) -> list[dict]
 
 
 def find_length(group: Group, seconds: float) -> int:
-    """Of windows with which a step without an exchange takes so long, about."""
+    """Of windows with which a step without an exchange takes so long.
+
+    About, and between 8 and what the model can see.
+
+    Raises:
+        ValueError: more text did not take longer.
+    """
     tasks = [Task(group, length) for length in LENGTHS]
     model, spent = alone(new_network(), 0), [[] for _ in tasks]
     for step in range(WARM + 10):
@@ -255,9 +261,12 @@ def find_length(group: Group, seconds: float) -> int:
             task.train(model, step)
             taken.append(time.perf_counter() - start)
     everyone = group.gather([statistics.median(taken[WARM:]) for taken in spent])
-    short, long = (statistics.fmean(medians) for medians in zip(*everyone, strict=True))
+    short, long = (max(medians) for medians in zip(*everyone, strict=True))
+    if long <= short:
+        raise ValueError(f"{LENGTHS} bytes took {short:.3f} and {long:.3f} s")
     slope = (long - short) / (LENGTHS[1] - LENGTHS[0])
-    return max(8, round(LENGTHS[0] + (seconds - short) / slope))
+    length = round(LENGTHS[0] + (seconds - short) / slope)
+    return min(max(8, length), language.CONTEXT)
 
 
 def count_steps(

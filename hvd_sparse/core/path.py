@@ -241,8 +241,12 @@ class GradientPath:
             self.memory.keep(name, selection.indices, selection.values - sent)
         tensor.payload, tensor.in_flight = payload, True
         shared = selection.indices if header.layout == VALUES_ONLY else None
-        handle = self.exchange.start(name, payload)
-        return Flight(tensor, shared, handle, cleared=out is not None)
+        flight = Flight(tensor, shared, None, cleared=out is not None)
+        try:
+            return flight._replace(handle=self.exchange.start(name, payload))
+        except BaseException:
+            self.recall(flight)
+            raise
 
     def receive(self, flight: Flight, out: Array) -> Array:
         """Finish the exchange, aggregate, and hand back.

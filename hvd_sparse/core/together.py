@@ -18,7 +18,7 @@ from hvd_sparse.core.path import Flight, GradientPath, Tensor, is_flat
 from hvd_sparse.core.payload import Bytes, Message, mark_nonfinite
 from hvd_sparse.kernels import host
 
-_MOST_MESSAGES = 64  # remembered
+_MOST_MESSAGES = 1024  # remembered
 
 
 class Together:
@@ -27,7 +27,7 @@ class Together:
     def __init__(self, path: GradientPath) -> None:
         """Nothing is known of any group yet."""
         self.path = path
-        self._messages: dict[tuple[str, ...], Message] = {}
+        self._messages: dict[tuple[int, ...], Message] = {}  # by their digests
 
     def send(
         self, tensors: Sequence[Tensor], gradients: Sequence[Array]
@@ -39,10 +39,16 @@ class Together:
                 `grouped`.
             gradients: contiguous; otherwise as for GradientPath.send.
         """
-        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-            both = zip(tensors, gradients, strict=True)
-            self._send_alike([(t, g.reshape(-1)) for t, g in both if t.dtype == dtype])
-        return [Flight(tensor, None, tensor.name, cleared=True) for tensor in tensors]
+        flights = [Flight(t, None, t.name, cleared=True) for t in tensors]
+        try:
+            for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+                both = zip(tensors, gradients, strict=True)
+                self._send_alike([(t, g.ravel()) for t, g in both if t.dtype == dtype])
+        except BaseException:
+            for flight in flights:
+                self.path.recall(flight)
+            raise
+        return flights
 
     def _send_alike(self, group: Sequence[tuple[Tensor, Array]]) -> None:
         tensors, gradients = zip(*group, strict=True)
@@ -103,12 +109,12 @@ class Together:
 
     def _message(self, tensors: Sequence[Tensor]) -> Message:
         """Its layout: most often the same tensors travel together in every step."""
-        names = tuple(tensor.name for tensor in tensors)
-        if names not in self._messages:
+        digests = tuple(tensor.header.digest for tensor in tensors)
+        if digests not in self._messages:
             if len(self._messages) == _MOST_MESSAGES:  # gradients come and go
                 self._messages.clear()
-            self._messages[names] = Message([tensor.header for tensor in tensors])
-        return self._messages[names]
+            self._messages[digests] = Message([tensor.header for tensor in tensors])
+        return self._messages[digests]
 
 
 def _is_plain(tensor: Tensor, array: Array) -> bool:

@@ -216,6 +216,10 @@ class GatheredExchange(_HorovodExchange):
         """
         return self._enter(name).awaited
 
+    def abandon(self, name: str) -> None:
+        """The payload will not come; those that wait for it have been taken back."""
+        self._batches[name].clear()
+
     def start(self, name: str, payload: Array) -> str:
         """The payload leaves with the last one of its batch."""
         batch = self._enter(name)
@@ -244,9 +248,13 @@ class GatheredExchange(_HorovodExchange):
     def _gather(self, batch: Batch) -> None:
         joined = batch.joined(padded=self._padded)
         self._padding += joined.size - sum(p.size for p in batch.payloads.values())
-        batch.handle = horovod().allgather_async(
-            torch.from_numpy(joined), name=batch.name, process_set=self._group()
-        )
+        try:
+            batch.handle = horovod().allgather_async(
+                torch.from_numpy(joined), name=batch.name, process_set=self._group()
+            )
+        except BaseException:
+            batch.clear()  # its payloads are taken back
+            raise
 
     def _await(self, batch: Batch) -> None:
         names, handle = sorted(batch.payloads), batch.handle
@@ -334,6 +342,9 @@ class EmbeddedExchange(_HorovodExchange):
     def announce(self, name: str) -> list[str]:
         """Nothing waits for it."""
         return []
+
+    def abandon(self, name: str) -> None:
+        """Nor does anything now."""
 
     def forget(self) -> None:
         """Nor has it arrived."""

@@ -20,6 +20,7 @@ whose place the result will take, is all zeros.
 import threading
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,16 +73,21 @@ class Context:
     def sent(self) -> Flight:
         """The flight of a gradient that is on its way."""
         if self.flight is None:
-            raise ExchangeError(
-                f"{self.name}: is not on its way: a state was loaded between the "
-                "backward pass and the optimizer's step"
-            )
+            raise forgotten(self.name)
         return self.flight
 
     @property
     def untouched(self) -> bool:
         """Nobody wrote into the gradient since it was sent."""
         return self.gradient._version == self.version
+
+
+def forgotten(name: str) -> ExchangeError:
+    """What to raise where the state is not that in which a gradient left."""
+    return ExchangeError(
+        f"{name}: is not on its way: a state was loaded between the backward pass and "
+        "the optimizer's step"
+    )
 
 
 class SparseCompressor:
@@ -233,7 +239,7 @@ class SparseCompressor:
     def _send(self, name: str, gradient: Tensor) -> tuple[Tensor, Context]:
         """As little as can be: what the backward pass has in cache stays there."""
         known = self._path.tensors.get(name)
-        if known is None or known.dense:
+        if known is None or known.dense or known.shape != gradient.shape:
             known = self._path.admit(name, viewed(gradient))
         self._watchdog.sent(name, known.header.step)
         if known.dense:
@@ -246,9 +252,9 @@ class SparseCompressor:
         context = self._under_way[name] = Context(name, gradient)
         if known.grouped and self._carrier.batched and gradient.is_contiguous():
             self._waiting[name] = context
-            self._send_together(due)
         else:
             self._send_alone(context)
+        self._send_together(due)
         return self._carrier.to_reduce(name), context
 
     def _keep(self, waiting: Context, gradient: Tensor) -> None:
@@ -261,13 +267,26 @@ class SparseCompressor:
         """Send those of these tensors that wait."""
         contexts = [self._waiting[name] for name in names if name in self._waiting]
         known = []
-        for context in contexts:
-            context.array = viewed(context.gradient)
-            known.append(self._path.admit(context.name, context.array))
-        flights = self._together.send(known, [c.array for c in contexts])
+        try:
+            for context in contexts:
+                context.array = viewed(context.gradient)
+                known.append(self._path.admit(context.name, context.array))
+            flights = self._together.send(known, [c.array for c in contexts])
+        except BaseException:
+            self._abandon(contexts)
+            raise
         for context, flight in zip(contexts, flights, strict=True):
             context.flight, context.version = flight, context.gradient._version
             del self._waiting[context.name]
+
+    def _abandon(self, contexts: list[Context]) -> None:
+        """Their step ends here: what is not refused goes with the next one."""
+        for context in contexts:
+            del self._waiting[context.name]
+            self._carrier.abandon(context.name)
+            array = viewed(context.gradient)
+            with suppress(TypeError, ValueError):
+                self._together.keep(self._path.admit(context.name, array), array)
 
     def _send_alone(self, context: Context) -> None:
         context.array = viewed(context.gradient)
@@ -288,7 +307,7 @@ class SparseCompressor:
     def _receive(self, reduced: Tensor, ctx: Context) -> None:
         arrived = [ctx]
         try:
-            self._send_together(list(self._waiting))  # their batches lack a member
+            self._send_together(sorted(self._waiting))  # their batches lack a member
             flight = ctx.sent
             self._path.op = self._found(self._carrier.reduced(flight.handle, reduced))
             if batch := self._receive_batch(flight):
@@ -345,9 +364,11 @@ class SparseCompressor:
 
     def _receive_dense(self, reduced: Tensor, ctx: Context) -> None:
         self._forget(ctx.name)
+        known = self._path.tensors.get(ctx.name)
+        if known is None:
+            raise forgotten(ctx.name)
         if reduced is not ctx.gradient:
             ctx.gradient.copy_(reduced)
-        known = self._path.tensors[ctx.name]
         known.at_step(known.header.step + 1)
         wire_bytes = reduced.numel() * reduced.element_size()
         self._path.count(known, reduced.numel(), wire_bytes, wire_bytes)

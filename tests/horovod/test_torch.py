@@ -786,14 +786,90 @@ def test_what_waited_for_its_batch_in_a_step_that_was_given_up_is_kept(taken):
     )
 
 
-def test_a_state_that_is_loaded_in_the_middle_of_a_step_is_an_error():
+@pytest.mark.parametrize("where", ["last", "first"])
+@pytest.mark.parametrize("alone", ["half", "strided"])
+def test_a_batch_leaves_with_its_last_member_whoever_that_is(where, alone):
+    own = {
+        "p": torch.randn(8, 6),
+        "q": torch.randn(8, 6).half() if alone == "half" else torch.randn(6, 8).T,
+    }
+    named = {name: nn.Parameter(torch.zeros_like(g)) for name, g in own.items()}
+    compression = SparseCompressor(
+        TopK(0.5), named_parameters=named.items(), dense=Never()
+    )
+    compression._carrier.plan({"p": 192, "q": 192})
+    sent = []
+    for name in sorted(named, reverse=where == "first"):
+        named[name].grad = own[name].clone()
+        assert named[name].grad.stride() == own[name].stride()
+        sent.append(compression.compress(named[name].grad))
+    assert compression._carrier._batches["p"].handle is not None
+    for dummy, ctx in sent:
+        compression.decompress(hvd.allreduce(dummy, name="member"), ctx)
+    for name, parameter in named.items():
+        residual = compression.state_dict()["tensors"][name]["residual"]
+        total = residual.numpy().reshape(8, 6) + parameter.grad.float().numpy()
+        np.testing.assert_array_equal(total, own[name].float().numpy())  # of each rank
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_horovod_does_not_take_is_taken_back(monkeypatch, alone):
+    gradient = torch.arange(8.0).half() if alone else torch.arange(8.0)
+    parameter = nn.Parameter(torch.zeros_like(gradient))
+    compression = SparseCompressor(
+        TopK(0.5), named_parameters=[("p", parameter)], dense=Never()
+    )
+
+    def refuse(*arguments, **options):
+        raise RuntimeError("no")
+
+    parameter.grad = gradient.clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(hvd, "allgather_async", refuse)
+        with pytest.raises(RuntimeError, match="no"):
+            compression.compress(parameter.grad)
+    residual = compression._path.memory.residuals["p"]
+    np.testing.assert_array_equal(residual, gradient.float().numpy())
+    parameter.grad = gradient.clone()
+    dummy, ctx = compression.compress(parameter.grad)
+    compression.decompress(hvd.allreduce(dummy, name="taken back"), ctx)
+    np.testing.assert_array_equal(
+        residual + parameter.grad.float().numpy(), 2 * gradient.float().numpy()
+    )
+
+
+def test_a_refused_gradient_does_not_stand_in_the_way_of_the_next():
+    named = {name: nn.Parameter(torch.zeros(8)) for name in "pq"}
+    p, q = named.values()
+    compression = SparseCompressor(
+        TopK(0.5), named_parameters=named.items(), dense=Never()
+    )
+    compression._carrier.plan({"p": 32, "q": 32})
+    for step, wrong in enumerate([None, torch.ones(5), torch.ones(8).double(), None]):
+        p.grad, q.grad = torch.arange(8.0), torch.ones(8)
+        if wrong is not None:
+            p.data, p.grad = wrong, wrong.clone()
+            with pytest.raises(ValueError, match="p: gradient has shape"):
+                [compression.compress(g) for g in (p.grad, q.grad)]
+            p.data = torch.zeros(8)
+            continue
+        for dummy, ctx in [compression.compress(g) for g in (p.grad, q.grad)]:
+            reduced = hvd.allreduce(dummy, name=f"refused {step}")
+            compression.decompress(reduced, ctx)
+        assert p.grad.sum() > 0
+
+
+@pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
+@pytest.mark.parametrize("dense", [Never(), WhenCheaper()], ids=repr)
+def test_a_state_that_is_loaded_in_the_middle_of_a_step_is_an_error(dense, carrier):
     model = perceptron()
-    compression = compressor(model)
+    compression = compressor(model, dense=dense, exchange=carrier)
     optimizer = wrap(model, compression)
     loss_of(model, 0).backward()
     compression.load_state_dict(compression.state_dict())
     with pytest.raises(ExchangeError, match="is not on its way: a state was"):
         optimizer.step()
+    hvd.barrier()
 
 
 def test_a_batch_that_came_in_a_step_that_was_given_up_is_not_taken_for_the_next():
