@@ -103,6 +103,14 @@ def is_elastic() -> bool:
     return os.environ.get("HOROVOD_ELASTIC") == "1"
 
 
+def internal_error(text: str) -> Exception:
+    """The one error from which elastic training recovers."""
+    from horovod.common.exceptions import HorovodInternalError
+
+    error: Exception = HorovodInternalError(text)
+    return error
+
+
 class Shutdown:
     """Frees the threads that wait inside Horovod.
 

@@ -79,7 +79,13 @@ class _HorovodExchange:
         """
         if self._place is None or self._elastic:
             group = self._group()
-            self._place = int(group.rank()), int(group.size())
+            try:
+                self._place = int(group.rank()), int(group.size())
+            except ValueError as error:
+                if not self._elastic:
+                    raise
+                # the watchdog has shut Horovod down: training recovers from this alone
+                raise elastic.internal_error(str(error)) from error
         return self._place
 
     def forget(self) -> None:

@@ -12,6 +12,7 @@ import members
 import numpy as np
 import pytest
 import torch
+from horovod.common.exceptions import HorovodInternalError
 from torch import nn
 
 import hvd_sparse.torch as sparse
@@ -759,6 +760,20 @@ def test_a_step_that_was_given_up_loses_nothing():
     np.testing.assert_array_equal(
         parameter.grad[4:], 2 * hvd.size() * np.arange(5.0, 9.0)
     )
+
+
+@pytest.mark.parametrize(
+    ("elastic", "kind"), [("1", HorovodInternalError), ("0", ValueError)]
+)
+def test_elastic_training_recovers_from_a_shutdown(monkeypatch, elastic, kind):
+    class Gone:
+        def rank(self):
+            raise ValueError("Horovod has not been initialized; use hvd.init().")
+
+    monkeypatch.setenv("HOROVOD_ELASTIC", elastic)
+    exchange = GatheredExchange(Gone, "gone", padded=False)
+    with pytest.raises(kind, match="has not been initialized"):
+        exchange.to_reduce("p")
 
 
 @pytest.mark.parametrize("taken", [False, True], ids=["kept", "its memory taken"])
