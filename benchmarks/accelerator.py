@@ -140,7 +140,7 @@ def main() -> None:
     if COMM.rank:
         return
     name = torch.cuda.get_device_name() if where.type == "cuda" else str(where)
-    host = f"{COMM.size} ranks, Python {platform.python_version()}"
+    host = f"ranks: {COMM.size}, Python {platform.python_version()}"
     lines = [f"{name}, torch {torch.__version__}, {host}; milliseconds"]
     for row in rows:
         bytes_sent = f"{row['sent_bytes']:>14,} bytes" if "sent_bytes" in row else ""

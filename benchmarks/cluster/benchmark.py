@@ -333,8 +333,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
     parser.add_argument("--plot", metavar="FILE", help="a PNG")
     arguments = parser.parse_args()
-    if arguments.length and not 0 < arguments.length <= worker.language.CONTEXT:
-        parser.error(f"--length must be in [1, {worker.language.CONTEXT}]")
+    most, length = worker.language.CONTEXT, arguments.length
+    if length is not None and not 0 < length <= most:
+        parser.error(f"--length must be in [1, {most}], got {length}")
     arguments.hosts = arguments.hosts or ([2] if arguments.quick else [2, 4])
     arguments.rate = arguments.rate or (["1gbit"] if arguments.quick else [*RATES])
     return arguments

@@ -12,13 +12,13 @@ import members
 import numpy as np
 import pytest
 import torch
+from doors import AFFINE
 from horovod.common.exceptions import HorovodInternalError
 from torch import nn
 
 import hvd_sparse.torch as sparse
 from hvd_sparse import (
     CAT,
-    Affine,
     Embedded,
     ExchangeError,
     Gathered,
@@ -114,7 +114,6 @@ def all_went_sparse(compression) -> bool:
 # ------------------------------------------------------------------ law 2: replicas
 
 
-AFFINE = Affine(per_byte=1.0, per_message=54.0)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 

@@ -6,16 +6,12 @@ import members
 import numpy as np
 import pytest
 import tensorflow as tf
+from doors import SPARSIFIERS
 
 from hvd_sparse import (
-    CAT,
-    Affine,
     Never,
     RandomK,
-    SignTopK,
-    Stochastic,
     Sum,
-    Threshold,
     TopK,
     WhenCheaper,
 )
@@ -33,9 +29,6 @@ def alike():
     hvd.allgather_object(
         0
     )  # a barrier: what a test gave up is over before its names are used again
-
-
-AFFINE = Affine(per_byte=1.0, per_message=54.0)
 
 
 def compressor(sparsifier=None, **options):
@@ -130,21 +123,7 @@ def test_density_one_is_stock_horovod_with_every_option(option, kind):
     assert {t.route for t in compression.traffic.tensors.values()} == {"sparse"}
 
 
-@pytest.mark.parametrize(
-    "sparsifier",
-    [
-        TopK(0.05),
-        RandomK(0.1),
-        Threshold(0.01),
-        SignTopK(0.05),
-        SignTopK.alistarh(),
-        Stochastic(0.05),
-        CAT(TopK(), AFFINE),
-        CAT(SignTopK(), AFFINE),
-        CAT(Stochastic(), AFFINE),
-    ],
-    ids=repr,
-)
+@pytest.mark.parametrize("sparsifier", SPARSIFIERS, ids=repr)
 def test_replicas_agree_bitwise(sparsifier):
     assert agree(bits(fit(compressor(sparsifier))))
 

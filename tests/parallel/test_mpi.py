@@ -5,12 +5,12 @@ import time
 import ml_dtypes
 import numpy as np
 import pytest
+from doors import AFFINE
 from mpi4py import MPI
 
 import hvd_sparse.exchange
 from hvd_sparse import (
     CAT,
-    Affine,
     Average,
     ExchangeError,
     Never,
@@ -28,7 +28,6 @@ from hvd_sparse.mpi import SparseAllreduce, measure
 
 COMM = MPI.COMM_WORLD
 RANK, SIZE = COMM.Get_rank(), COMM.Get_size()
-AFFINE = Affine(per_byte=1.0, per_message=54.0)
 SPARSIFIERS = [
     TopK(density=0.05),
     RandomK(density=0.1),

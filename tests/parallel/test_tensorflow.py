@@ -5,24 +5,19 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import tensorflow as tf
+from doors import SPARSIFIERS
 from mpi4py import MPI
 
 import hvd_sparse.tensorflow as sparse
 from hvd_sparse import (
-    CAT,
-    Affine,
     ExchangeError,
     Never,
     RandomK,
-    SignTopK,
-    Stochastic,
     Sum,
-    Threshold,
     TopK,
     WhenCheaper,
 )
 
-AFFINE = Affine(per_byte=1.0, per_message=54.0)
 COMM = MPI.COMM_WORLD
 RANK, SIZE = COMM.Get_rank(), COMM.Get_size()
 KERAS_3 = str(getattr(tf.keras, "__version__", "2")).startswith("3")
@@ -99,21 +94,7 @@ def stepper(model, tape, optimizer):
 
 
 @pytest.mark.parametrize("kind", ["SGD", "Adam"])
-@pytest.mark.parametrize(
-    "sparsifier",
-    [
-        TopK(0.05),
-        RandomK(0.1),
-        Threshold(0.01),
-        SignTopK(0.05),
-        SignTopK.alistarh(),
-        Stochastic(0.05),
-        CAT(TopK(), AFFINE),
-        CAT(SignTopK(), AFFINE),
-        CAT(Stochastic(), AFFINE),
-    ],
-    ids=repr,
-)
+@pytest.mark.parametrize("sparsifier", SPARSIFIERS, ids=repr)
 def test_replicas_agree_bitwise_with_fit(sparsifier, kind):
     model = perceptron()
     optimizer = distribute(optimizer_of(kind), sparsifier)

@@ -6,26 +6,21 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from doors import SPARSIFIERS
 from laws import same_bits
 from mpi4py import MPI
 from torch import nn
 
 import hvd_sparse.torch as sparse
 from hvd_sparse import (
-    CAT,
-    Affine,
     ExchangeError,
     Never,
     RandomK,
-    SignTopK,
-    Stochastic,
     Sum,
-    Threshold,
     TopK,
 )
 from hvd_sparse.mpi import SparseAllreduce
 
-AFFINE = Affine(per_byte=1.0, per_message=54.0)
 COMM = MPI.COMM_WORLD
 RANK, SIZE = COMM.Get_rank(), COMM.Get_size()
 
@@ -85,17 +80,6 @@ def replicas_agree(model) -> bool:
 
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-SPARSIFIERS = [
-    TopK(0.05),
-    RandomK(0.1),
-    Threshold(0.01),
-    SignTopK(0.05),
-    SignTopK.alistarh(),
-    Stochastic(0.05),
-    CAT(TopK(), AFFINE),
-    CAT(SignTopK(), AFFINE),
-    CAT(Stochastic(), AFFINE),
-]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
