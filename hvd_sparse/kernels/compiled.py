@@ -1,14 +1,89 @@
-"""How the hot loops are compiled."""
+"""How the hot loops are compiled, and where their machine code is kept.
 
+Numba's own cache looks at one source file a function, and numbers the signatures of a
+function in an index. Here both would give wrong code in silence: loops of one file are
+inlined into those of another, and of two processes that compile at the same time each
+may give its number to the other's code. So each signature has a file of its own, whose
+name depends on all sources of this package: what is found under it is what is wanted.
+"""
+
+import contextlib
+import pickle
+from collections.abc import Callable
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
-from numba import njit
+import numba
+from numba.core.caching import FunctionCache
+from numba.core.serialize import dumps
+
+
+@cache
+def _sources_digest(folder: Path) -> str:
+    """Changes with every edit of any Python file below the folder."""
+    digest = blake2b(digest_size=8)
+    for file in sorted(folder.rglob("*.py")):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(folder)} {len(content)} ".encode() + content)
+    return digest.hexdigest()
+
+
+class _Files:
+    """The compiled signatures of one function, a file each; the part Numba calls."""
+
+    def __init__(self, folder: Path, function: str, sources: str) -> None:
+        self._folder = folder
+        self._function = function
+        self._sources = sources
+
+    def _file(self, key: Any) -> Path:
+        """For this signature, processor and bytecode, in this release of Numba."""
+        digest = blake2b(repr((numba.__version__, key)).encode(), digest_size=12)
+        name = f"{self._function}.{self._sources}.{digest.hexdigest()}.nbc"
+        return self._folder / name
+
+    def load(self, key: Any) -> Any:
+        """What was saved under this key, or None: then Numba compiles."""
+        try:
+            return pickle.loads(self._file(key).read_bytes())
+        except (OSError, EOFError, pickle.UnpicklingError):  # none, or damaged
+            return None
+
+    def save(self, key: Any, data: Any) -> None:
+        """Other processes see all of it or nothing; a full disk costs time alone."""
+        file = self._file(key)
+        unfinished = file.with_suffix(f".{uuid4().hex}")
+        try:
+            self._forget_other_sources()
+            unfinished.write_bytes(dumps(data))
+            unfinished.replace(file)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+
+    def _forget_other_sources(self) -> None:
+        """What was compiled before an edit would pile up; whoever needs it compiles."""
+        for file in self._folder.glob("*.nb[ci]"):
+            if f".{self._sources}." not in file.name:
+                file.unlink(missing_ok=True)
+
+
+class _KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
+    """Numba's, which finds a folder that may be written, with other files in it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        sources = _sources_digest(Path(__file__).parent)
+        self._cache_file = _Files(
+            Path(self._cache_path), self._impl.filename_base, sources
+        )
 
 
 def jit(function: Any) -> Any:
     """Compiled at first use and kept on disk, where this user may write anywhere."""
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # numba found no folder for its cache
-        return njit(**options)(function)
+    dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
+    with contextlib.suppress(RuntimeError):  # numba found no folder for its cache
+        dispatcher._cache = _KernelCache(function)
+    return dispatcher

@@ -1,0 +1,105 @@
+"""Machine code on disk belongs to the sources, the signature and nobody else."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hvd_sparse
+from hvd_sparse.kernels.compiled import _Files
+
+# all of this package that one small kernel needs; what it compiles takes seconds
+PROGRAM = """
+import sys
+import numpy as np
+from hvd_sparse.kernels import host
+residual = np.zeros(64, np.dtype(sys.argv[1]))
+host.add_at(residual, np.array([3], np.int32), np.ones(1, residual.dtype))
+host.accumulate(residual, np.ones_like(residual))
+stats = host._compact.stats
+print(residual[0], sum(stats.cache_misses.values()), sum(stats.cache_hits.values()))
+"""
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """A package of one's own, whose sources may be edited."""
+    package = Path(hvd_sparse.__file__).parent
+    ignored = shutil.ignore_patterns("__pycache__")
+    return Path(shutil.copytree(package, tmp_path / package.name, ignore=ignored))
+
+
+def run(package: Path, dtype: str = "float32") -> list[str]:
+    """An accumulated one, and how often machine code was missing and found."""
+    elsewhere = {"NUMBA_CACHE_DIR", "PYTHONPATH"}
+    environment = {n: v for n, v in os.environ.items() if n not in elsewhere}
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM, dtype],
+        cwd=package.parent,  # found before the package that is installed
+        env={**environment, "PYTHONPATH": str(package.parent)},
+        capture_output=True,
+        text=True,
+        timeout=200,  # a slow machine compiles
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.split()
+
+
+def compiled_in(package: Path) -> set[Path]:
+    return set((package / "kernels" / "__pycache__").glob("*.nb*"))
+
+
+def test_the_next_process_finds_what_was_compiled(copied: Path) -> None:
+    assert run(copied) == ["1.0", "1", "0"]
+    files = compiled_in(copied)
+    assert run(copied) == ["1.0", "0", "1"]
+    assert compiled_in(copied) == files
+
+
+def test_an_edit_of_any_source_is_compiled_and_the_old_code_forgotten(
+    copied: Path,
+) -> None:
+    run(copied)
+    old = compiled_in(copied)
+    lanes = copied / "kernels" / "lanes.py"
+    added, subtracted = "builder.fadd(old, added)", "builder.fsub(old, added)"
+    source = lanes.read_text()
+    assert added in source
+    lanes.write_text(source.replace(added, subtracted))
+    assert run(copied) == ["-1.0", "1", "0"]
+    assert compiled_in(copied)
+    assert not compiled_in(copied) & old
+
+
+def test_two_processes_that_compile_at_once_keep_their_own_code(
+    tmp_path: Path,
+) -> None:
+    """As with an index: both have looked, then both write."""
+    one, other = (_Files(tmp_path, "loop-1.py311", "digest") for _ in range(2))
+    assert one.load("float32") is other.load("float64") is None
+    one.save("float32", "of one")
+    other.save("float64", "of the other")
+    for files in (one, other):
+        assert files.load("float32") == "of one"
+        assert files.load("float64") == "of the other"
+        assert files.load("float16") is None
+
+
+def test_damaged_machine_code_is_compiled_again(tmp_path: Path) -> None:
+    files = _Files(tmp_path, "loop-1.py311", "digest")
+    files.save("float32", "whole")
+    (file,) = tmp_path.iterdir()
+    for content in (b"", file.read_bytes()[:-3]):
+        file.write_bytes(content)
+        assert files.load("float32") is None
+
+
+def test_a_folder_that_can_not_be_written_any_more_costs_time_alone(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "gone"
+    _Files(folder, "loop-1.py311", "digest").save("float32", "nowhere")
+    assert not folder.exists()
