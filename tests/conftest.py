@@ -1,26 +1,86 @@
-"""Fixtures of all tests: one a table of `laws`, so that a new row is tested at once."""
+"""Options and fixtures of all tests.
+
+A fixture is one table of `laws`, so that a new row is tested at once.
+"""
 
 import os
+from collections import defaultdict
 from typing import Any
+from zlib import crc32
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, is_hypothesis_test, seed, settings
 from laws import DTYPES, EVERY, KERNELS, SPARSIFIERS, WITH_RESIDUAL
 
-settings.register_profile(
-    "laws",
-    max_examples=20,  # a law runs so many times for every row of three tables
-    deadline=None,  # the first call of a kernel compiles it
-    # fixtures here hold nothing that an example could change
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-settings.register_profile(
-    "ci", settings.get_profile("laws"), derandomize=True, database=None
-)
-settings.load_profile("ci" if os.environ.get("CI") else "laws")
+# a law runs so many times for every row of three tables
+EXAMPLES = {"--quick": 2, "": 5, "--thorough": 20}
+
+# their jobs and daemons serve many tests, which one process runs
+KEPT_TOGETHER = ("tests/test_elastic.py", "tests/test_slurm.py")
 
 # what only ranks can import; collecting doctests would import, and so run, it
 collect_ignore = ["members.py", "programs"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("hvd_sparse")
+    group.addoption("--quick", action="store_true", help="of each test one row")
+    group.addoption("--thorough", action="store_true", help="laws draw all examples")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    chosen = next((o for o in ("--quick", "--thorough") if config.getoption(o)), "")
+    settings.register_profile(
+        "laws",
+        max_examples=EXAMPLES[chosen],
+        deadline=None,  # the first call of a kernel compiles it
+        # fixtures here hold nothing that an example could change
+        suppress_health_check=[
+            HealthCheck.function_scoped_fixture,
+            HealthCheck.too_slow,
+        ],
+        **({"derandomize": True, "database": None} if in_ci() else {}),
+    )
+    settings.load_profile("laws")
+
+
+def in_ci() -> bool:
+    return bool(os.environ.get("CI"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Examples that are the same in every run are others in every row of a table."""
+    function = getattr(item, "function", None)
+    if in_ci() and is_hypothesis_test(function):
+        seed(crc32(item.nodeid.encode()))(function)
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """With --quick, of each test the row that its name draws, on every rank alike."""
+    if not config.getoption("--quick"):
+        return
+    rows = defaultdict(list)
+    for item in items:
+        rows[item.nodeid.partition("[")[0]].append(item)
+    taken = [rows[test][crc32(test.encode()) % len(rows[test])] for test in rows]
+    config.hook.pytest_deselected(items=[i for i in items if i not in set(taken)])
+    items[:] = taken
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each test goes to the next process that is free."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file in KEPT_TOGETHER else nodeid
+
+    return Scheduling(config, log)
+
 
 KERNELS_ARE_LOOKED_UP_IN = ("adaptive", "memory", "path", "sparsifiers", "stochastic")
 

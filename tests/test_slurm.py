@@ -3,6 +3,7 @@
 import contextlib
 import getpass
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -17,6 +18,8 @@ PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # where Debian has its d
 DAEMONS = ("munged", "slurmctld", "slurmd")
 START_S = 30
 JOB_S = 120
+
+ENDED = re.compile(r"\bJobState=(?!PENDING|CONFIGURING|RUNNING|COMPLETING)")
 
 pytestmark = pytest.mark.skipif(
     not all(shutil.which(daemon, path=PATH) for daemon in (*DAEMONS, "sbatch")),
@@ -116,7 +119,12 @@ class Slurm:
 
     def ask(self, *command: str) -> str:
         answer = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=60
+            command,
+            cwd=PROJECT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         return answer.stdout
 
@@ -124,18 +132,16 @@ class Slurm:
         """Run launch/slurm.sbatch with two tasks; its status and all it printed."""
         output = self.folder / "job.log"
         tasks = [f"--nodes={nodes}", f"--ntasks-per-node={2 // nodes}"]
-        job = subprocess.run(
-            [
-                *("sbatch", "--wait", *tasks, f"--output={output}"),
-                *("launch/slurm.sbatch", *arguments),
-            ],
-            cwd=PROJECT,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=JOB_S,
+        submitted = self.ask(
+            *("sbatch", "--parsable", *tasks, f"--output={output}"),
+            *("launch/slurm.sbatch", *arguments),
         )
-        return job.returncode, output.read_text()
+        assert submitted.strip().isdigit(), submitted
+        # not sbatch --wait, which looks every ten seconds
+        job = ("scontrol", "--oneliner", "show", "job", submitted.strip())
+        until(lambda: ENDED.search(self.ask(*job)) is not None, JOB_S, "the job's end")
+        (code,) = re.findall(r"\bExitCode=(\d+):", self.ask(*job))
+        return int(code), output.read_text()
 
     def stop(self) -> None:
         self.ask("scancel", "--user", getpass.getuser(), "--signal=KILL", "--full")

@@ -307,16 +307,35 @@ def address(array: Array) -> int:
     return int(array.__array_interface__["data"][0])
 
 
+class _Unlocked:
+    """A read-only array, seen as if it could be written: numpy keeps it alive."""
+
+    def __init__(self, array: Array) -> None:
+        self.array = array
+        seen = array.__array_interface__
+        self.__array_interface__ = {**seen, "data": (seen["data"][0], False)}
+
+
+def _read(array: Array) -> Array:
+    """What a kernel only reads: nothing is compiled anew for read-only arrays."""
+    return array if array.flags.writeable else np.asarray(_Unlocked(array))
+
+
+def _patterns(array: Array) -> Array:
+    """16-bit floats as their bit patterns, anything wider as it is."""
+    if array.dtype.itemsize > 2:
+        return array
+    return array.view(np.int16 if array.dtype == np.float16 else np.uint16)
+
+
 def _lane_view(gradient: Array) -> Array:
-    """The gradient as the lanes read it: 16-bit floats as their bit patterns."""
-    if gradient.dtype.itemsize > 2:
-        return gradient
-    return gradient.view(np.int16 if gradient.dtype == np.float16 else np.uint16)
+    """The gradient as the lanes read it."""
+    return _read(_patterns(gradient))
 
 
 def _cleared_view(out: Array | None, lanes: Array) -> Array:
     """What is to be cleared as its bit patterns; an empty array for nothing."""
-    return _NO_OUT[lanes.dtype.char] if out is None else _lane_view(out)
+    return _NO_OUT[lanes.dtype.char] if out is None else _patterns(out)
 
 
 def _buffers(residual: Array, size: int, limit: int) -> tuple[Array, Array]:
@@ -496,7 +515,7 @@ def select_at(
 
 def add_at(residual: Array, indices: Array, values: Array) -> None:
     """Overwrites residual[indices] with residual[indices] + values."""
-    _add_at(residual, indices, values)
+    _add_at(residual, _read(indices), _read(values))
 
 
 # ------------------------------------------------------------------------ aggregate

@@ -117,6 +117,8 @@ def all_went_sparse(compression) -> bool:
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 @pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -142,6 +144,8 @@ CHOOSING = [
 ]
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 @pytest.mark.parametrize("sparsifier", CHOOSING, ids=repr)
 def test_replicas_agree_where_ranks_choose_k(sparsifier):
     model = perceptron()
@@ -164,6 +168,8 @@ class Heads(nn.Module):
         return x
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 def test_replicas_agree_after_200_steps_with_hooks_in_another_order_on_each_rank():
     model = Heads()
     compression = compressor(model, TopK(0.001))
@@ -177,6 +183,8 @@ def test_replicas_agree_after_200_steps_with_hooks_in_another_order_on_each_rank
     assert compression.traffic.steps == 200
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 def test_batches_change_nothing_but_the_number_of_allgathers(monkeypatch):
     results = {}
     for limit in (1, 2000, 1 << 30):  # bytes of gradients
@@ -198,6 +206,7 @@ def test_batches_change_nothing_but_the_number_of_allgathers(monkeypatch):
     assert len(set(results.values())) == 1
 
 
+@pytest.mark.ranks
 def test_embedding_gradients_beside_others_do_not_hold_up_their_batch():
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -217,6 +226,7 @@ def test_embedding_gradients_beside_others_do_not_hold_up_their_batch():
     assert set(compression.traffic.tensors) == {"1.weight", "1.bias"}
 
 
+@pytest.mark.transport
 @pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
 def test_what_is_written_into_a_gradient_under_way_is_overwritten(carrier):
     results = []
@@ -235,6 +245,8 @@ def test_what_is_written_into_a_gradient_under_way_is_overwritten(carrier):
 # -------------------------------------------------- laws 1 and 6: nothing is lost
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 @pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
 def test_nothing_is_lost(carrier):
     model = nn.Linear(64, 1, bias=False)
@@ -254,6 +266,8 @@ def test_nothing_is_lost(carrier):
     torch.testing.assert_close(missing, handed_back, rtol=0, atol=0)  # small integers
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 @pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nonfinite_on_one_rank_reaches_all_and_stays_out(value, carrier):
@@ -329,6 +343,8 @@ OPTIONS = {
 }
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 @pytest.mark.filterwarnings("ignore:Parameter `num_groups`:DeprecationWarning")
 @pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
 @pytest.mark.parametrize("option", OPTIONS)
@@ -347,6 +363,8 @@ def test_density_one_is_stock_horovod_with_every_option(option, carrier):
         torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 @pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
 def test_a_process_set_is_a_group_of_its_own(carrier):
     mine = members.process_set
@@ -374,6 +392,8 @@ def test_another_process_set_than_the_optimizers_is_refused():
     del optimizer
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 def test_embedding_gradients_stay_sparse_and_untouched():
     results = []
     for sparsely in (False, True):
@@ -394,6 +414,7 @@ def test_embedding_gradients_stay_sparse_and_untouched():
     assert compression.traffic.tensors == {}
 
 
+@pytest.mark.ranks
 def test_sparse_as_dense_takes_the_sparse_path():
     results = []
     for sparsely in (False, True):
@@ -415,6 +436,7 @@ def test_sparse_as_dense_takes_the_sparse_path():
     assert all_went_sparse(compression)
 
 
+@pytest.mark.ranks
 def test_parameters_unused_on_some_ranks_take_part():
     model = Heads()
     compression = compressor(model)
@@ -476,6 +498,7 @@ def test_another_op_than_the_optimizers_is_refused_at_the_first_step():
         train(model, optimizer, [0])
 
 
+@pytest.mark.transport
 @pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
 @pytest.mark.parametrize("op", [hvd.Min, hvd.Max], ids=["Min", "Max"])
 def test_ops_that_are_no_sum_are_refused(op, carrier):
@@ -485,6 +508,8 @@ def test_ops_that_are_no_sum_are_refused(op, carrier):
         train(model, optimizer, [0])
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 def test_ranks_may_join_where_payloads_are_embedded():
     results = []
     for compression in (hvd.Compression.none, None):
@@ -500,6 +525,8 @@ def test_ranks_may_join_where_payloads_are_embedded():
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 @pytest.mark.parametrize("sparsifier", [TopK(0.05), RandomK(0.1)], ids=repr)
 def test_replicas_agree_after_a_join(sparsifier):
     model = perceptron()
@@ -521,6 +548,8 @@ def test_replicas_agree_after_a_join(sparsifier):
 # ---------------------------------------------------------- routes, dtypes, layouts
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dense_tensors_are_what_horovod_gives(dtype):
     model = perceptron(dtype)
@@ -579,6 +608,8 @@ def test_gradients_of_any_shape_are_handed_back():
         assert (parameter == -3.0).all()
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 def test_hooks_may_run_in_several_threads():
     model = Heads()
     compression = compressor(model, TopK(0.05))
@@ -611,6 +642,7 @@ def test_hooks_may_run_in_several_threads():
 # --------------------------------------------------------------------------- state
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
 @pytest.mark.parametrize("sparsifier", [TopK(0.05), RandomK(0.1)], ids=repr)
 def test_a_restart_continues_bitwise(sparsifier, carrier, tmp_path):
@@ -659,6 +691,8 @@ def test_the_optimizers_own_state_is_what_it_was():
     assert theirs.state_dict().keys() == optimizer.state_dict().keys()
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 def test_traffic_counts_what_moves():
     model = nn.Linear(100, 10, bias=False)
     compression = compressor(model, TopK(0.01))
@@ -675,6 +709,8 @@ def test_traffic_counts_what_moves():
     assert traffic.tensors["weight"].route == "sparse"
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 def test_embedded_traffic_counts_what_moves():
     model = nn.Linear(100, 10, bias=False)
     compression = compressor(model, TopK(0.01), exchange=Embedded())
@@ -729,6 +765,8 @@ def test_integer_gradients_and_changed_shapes_are_refused_by_name():
         compression.compress(parameter.grad)
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 def test_a_rank_with_another_configuration_is_named():
     model = perceptron()
     seed = 1 if hvd.rank() == hvd.size() - 1 else 0
@@ -742,6 +780,8 @@ def test_a_rank_with_another_configuration_is_named():
     assert residual.abs().sum() > 0
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 def test_a_step_that_was_given_up_loses_nothing():
     parameter = nn.Parameter(torch.zeros(8))
     compression = SparseCompressor(
@@ -761,6 +801,8 @@ def test_a_step_that_was_given_up_loses_nothing():
     )
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 @pytest.mark.parametrize(
     ("elastic", "kind"), [("1", HorovodInternalError), ("0", ValueError)]
 )
@@ -775,6 +817,7 @@ def test_elastic_training_recovers_from_a_shutdown(monkeypatch, elastic, kind):
         exchange.to_reduce("p")
 
 
+@pytest.mark.transport
 @pytest.mark.parametrize("taken", [False, True], ids=["kept", "its memory taken"])
 def test_what_waited_for_its_batch_in_a_step_that_was_given_up_is_kept(taken):
     named = {name: nn.Parameter(torch.zeros(8)) for name in "pq"}
@@ -800,6 +843,7 @@ def test_what_waited_for_its_batch_in_a_step_that_was_given_up_is_kept(taken):
     )
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("where", ["last", "first"])
 @pytest.mark.parametrize("alone", ["half", "strided"])
 def test_a_batch_leaves_with_its_last_member_whoever_that_is(where, alone):
@@ -826,6 +870,8 @@ def test_a_batch_leaves_with_its_last_member_whoever_that_is(where, alone):
         np.testing.assert_array_equal(total, own[name].float().numpy())  # of each rank
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 @pytest.mark.parametrize("alone", [False, True])
 def test_what_horovod_does_not_take_is_taken_back(monkeypatch, alone):
     gradient = torch.arange(8.0).half() if alone else torch.arange(8.0)
@@ -852,6 +898,7 @@ def test_what_horovod_does_not_take_is_taken_back(monkeypatch, alone):
     )
 
 
+@pytest.mark.ranks
 def test_a_refused_gradient_does_not_stand_in_the_way_of_the_next():
     named = {name: nn.Parameter(torch.zeros(8)) for name in "pq"}
     p, q = named.values()
@@ -881,6 +928,7 @@ def test_a_refused_gradient_does_not_stand_in_the_way_of_the_next():
         np.testing.assert_array_equal(np.stack(residuals), given)
 
 
+@pytest.mark.transport
 @pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
 @pytest.mark.parametrize("dense", [Never(), WhenCheaper()], ids=repr)
 def test_a_state_that_is_loaded_in_the_middle_of_a_step_is_an_error(dense, carrier):
@@ -894,6 +942,7 @@ def test_a_state_that_is_loaded_in_the_middle_of_a_step_is_an_error(dense, carri
     hvd.barrier()
 
 
+@pytest.mark.transport
 def test_a_batch_that_came_in_a_step_that_was_given_up_is_not_taken_for_the_next():
     exchange = GatheredExchange(lambda: hvd.global_process_set, "twice", padded=False)
     exchange.plan({"a": 8, "b": 8})
@@ -909,6 +958,7 @@ def test_a_batch_that_came_in_a_step_that_was_given_up_is_not_taken_for_the_next
         assert found == [[2.0]] * hvd.size()
 
 
+@pytest.mark.transport
 @pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
 @pytest.mark.parametrize("dense", [Never(), WhenCheaper()], ids=repr)
 def test_no_gradient_outlives_its_step(dense, carrier):
@@ -923,6 +973,8 @@ def test_no_gradient_outlives_its_step(dense, carrier):
     assert [ref() for ref in gradients] == [None] * 4
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 def test_a_straggler_is_warned_about_and_awaited(monkeypatch, caplog):
     monkeypatch.setattr("hvd_sparse.watchdog.WARNING_S", 0.5)
     model = perceptron()
@@ -938,6 +990,7 @@ def test_a_straggler_is_warned_about_and_awaited(monkeypatch, caplog):
     assert replicas_agree(model)
 
 
+@pytest.mark.transport
 def test_no_warning_on_a_path_that_works(caplog, recwarn):
     model = perceptron()
     with caplog.at_level(logging.WARNING):
@@ -946,6 +999,8 @@ def test_no_warning_on_a_path_that_works(caplog, recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 def test_a_measured_cost_is_the_same_on_every_rank():
     found = measure(sizes=(64, 4096, 65536), repeats=3)
     assert len(set(gather(repr(found)))) == 1

@@ -101,6 +101,7 @@ def collectives(timeline) -> Counter:
     return Counter((event["name"], names[event["pid"]]) for event in began)
 
 
+@pytest.mark.transport
 def test_a_graph_runs_one_collective_per_variable_and_step(tmp_path):
     compression, weights = compressor(), EveryWeight()
     model = compiled(compression)
@@ -122,6 +123,8 @@ def test_a_graph_runs_one_collective_per_variable_and_step(tmp_path):
     assert agree(bits(model))
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 def test_tensors_that_go_dense_are_counted_at_the_steps_of_the_others():
     compression = compressor(dense=WhenCheaper())
     fit(compiled(compression))
@@ -148,6 +151,7 @@ def partial(compression, op):
     return model
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("op", [hvd.Average, hvd.Sum], ids=["Average", "Sum"])
 def test_local_layers_are_left_alone_and_the_others_agree(op):
     compression = compressor(TopK(1.0), op=op)
@@ -186,6 +190,8 @@ def test_sparse_as_dense_takes_the_sparse_path(dense):
     assert table.sent_elements == STEPS * 60 * 8
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 def test_sparse_as_dense_loses_nothing():
     table = tf.Variable(tf.zeros((40, 3)))
     compression = compressor(TopK(0.1), op=hvd.Sum)
@@ -215,6 +221,7 @@ def test_sparse_as_dense_loses_nothing():
 # --------------------------------------------------------------------------- callbacks
 
 
+@pytest.mark.ranks
 def test_a_restart_from_checkpoints_continues_bitwise(tmp_path):
     weights = str(tmp_path / "epoch-{epoch}.weights.h5")
 

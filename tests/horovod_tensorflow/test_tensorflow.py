@@ -94,21 +94,26 @@ def same(one, other) -> bool:
 
 # ------------------------------------------------------------------ Keras optimizers
 
+# every optimizer, and every option with one of Keras's own and one of the legacy ones
+ONE, OTHER = ("SGD", "legacyAdam"), ("Adam", "legacySGD")
 OPTIONS = {
-    "defaults": {},
-    "op=Sum": {"op": hvd.Sum},
-    "backward_passes_per_step": {"backward_passes_per_step": 2},
-    "groups": {"groups": 2},
-    "gradient_predivide_factor": {"gradient_predivide_factor": 2.0},
-    "sparse_as_dense": {"sparse_as_dense": True},
-    "process_set": {"process_set": hvd.global_process_set},
+    "defaults": ({}, (*ONE, *OTHER)),
+    "op=Sum": ({"op": hvd.Sum}, ONE),
+    "backward_passes_per_step": ({"backward_passes_per_step": 2}, OTHER),
+    "groups": ({"groups": 2}, ONE),
+    "gradient_predivide_factor": ({"gradient_predivide_factor": 2.0}, OTHER),
+    "sparse_as_dense": ({"sparse_as_dense": True}, ONE),
+    "process_set": ({"process_set": hvd.global_process_set}, OTHER),
 }
 
 
-@pytest.mark.parametrize("kind", ["SGD", "Adam", "legacySGD", "legacyAdam"])
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("option", "kind"),
+    [(option, kind) for option, (_, kinds) in OPTIONS.items() for kind in kinds],
+)
 def test_density_one_is_stock_horovod_with_every_option(option, kind):
-    options = OPTIONS[option]
+    options, _ = OPTIONS[option]
     compression = compressor(TopK(1.0), op=options.get("op", hvd.Average))
     ours = fit(compression, kind, **options)
     theirs = fit(hvd.Compression.none, kind, **options)
@@ -123,17 +128,22 @@ def test_density_one_is_stock_horovod_with_every_option(option, kind):
     assert {t.route for t in compression.traffic.tensors.values()} == {"sparse"}
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 @pytest.mark.parametrize("sparsifier", SPARSIFIERS, ids=repr)
 def test_replicas_agree_bitwise(sparsifier):
     assert agree(bits(fit(compressor(sparsifier))))
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 def test_tensors_routed_dense_are_horovods_own():
     compression = compressor(TopK(1.0), dense=WhenCheaper())
     assert same(fit(compression), fit(hvd.Compression.none))
     assert compression.traffic.steps == 0
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("scale", ["dynamic", "fixed"])
 def test_mixed_precision_with_loss_scaling(scale):
     tf.keras.mixed_precision.set_global_policy("mixed_float16")
@@ -174,6 +184,8 @@ def tape_steps(compression, how, **options):
     return model
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 @pytest.mark.parametrize("how", ["eager", "graph"])
 @pytest.mark.parametrize("options", [{}, {"op": hvd.Sum}, {"groups": 2}], ids=repr)
 def test_density_one_is_stock_horovod_with_a_tape(options, how):
@@ -183,6 +195,8 @@ def test_density_one_is_stock_horovod_with_a_tape(options, how):
     assert compression.traffic.steps == 9
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 def test_a_process_set_is_a_group_of_its_own():
     mine = members.process_set
     compression = compressor(TopK(1.0), process_set=mine)
@@ -192,6 +206,8 @@ def test_a_process_set_is_a_group_of_its_own():
         assert bits(ours) == bits(theirs)
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 def test_nothing_is_lost_when_a_graph_is_traced_again():
     weights = tf.Variable(tf.zeros(64))
     compression = compressor(TopK(0.1), op=Sum)
@@ -214,6 +230,8 @@ def test_nothing_is_lost_when_a_graph_is_traced_again():
     np.testing.assert_array_equal(missing, handed_back)  # small integers
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 def test_a_nan_on_one_rank_is_seen_by_all_and_forgotten():
     weights = tf.Variable(tf.zeros(16))
     compression = compressor(TopK(0.25))
@@ -254,6 +272,8 @@ def test_gradients_that_are_none_or_indexed_slices_are_untouched():
 # ------------------------------------------------------------------ a session, TF 1
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 def test_the_v1_optimizer_keeps_residuals_in_a_session():
     compression = compressor(TopK(0.25), op=Sum)
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
@@ -282,6 +302,7 @@ def test_the_v1_optimizer_keeps_residuals_in_a_session():
 # ----------------------------------------------------------------------------- state
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("sparsifier", [TopK(0.05), RandomK(0.1)], ids=repr)
 def test_a_restart_continues_bitwise(sparsifier):
     x, y = data(80)
@@ -345,6 +366,8 @@ def test_outside_of_a_graph_a_name_is_needed():
     assert (result.numpy() == 3).all()
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
 def test_a_measured_cost_is_the_same_on_every_rank():
     found = measure(sizes=(64, 4096, 65536), repeats=3)
     assert agree(repr(found).encode())

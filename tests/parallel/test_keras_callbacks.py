@@ -71,6 +71,7 @@ def events_below(folder: Path) -> dict[str, list[float]]:
 # ---------------------------------------------------------------------------- the logs
 
 
+@pytest.mark.ranks
 def test_history_progress_bar_and_tensorboard_show_what_traffic_counted(
     tmp_path, capsys
 ):
@@ -122,6 +123,7 @@ def test_nothing_is_logged_where_nothing_was_sent():
 # ---------------------------------------------------------------------------- residuals
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("epochs_in_the_name", [True, False])
 def test_a_restart_from_checkpoints_continues_bitwise(tmp_path, epochs_in_the_name):
     weights = tmp_path / "epoch-{epoch}.weights.h5"
@@ -171,6 +173,7 @@ class FailsIn(tf.keras.callbacks.Callback):
             raise RuntimeError("killed")
 
 
+@pytest.mark.ranks
 def test_a_run_that_was_killed_continues_bitwise_with_backup_and_restore(tmp_path):
     model, optimizer = compiled()
     fit(model, [], epochs=4)
@@ -225,6 +228,7 @@ def test_a_tape_in_a_train_step_can_be_saved_too(tmp_path):
     tape.close()
 
 
+@pytest.mark.ranks
 def test_another_number_of_ranks_is_an_error_that_says_so(tmp_path):
     model, optimizer = compiled()
     fit(model, [sparse.ResidualCheckpoint(optimizer, tmp_path / "last")], epochs=1)

@@ -62,6 +62,7 @@ def same_bits(results) -> bool:
     return agree(b"".join(results[name].tobytes() for name in sorted(results)))
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
 @pytest.mark.parametrize("sparsifier", SPARSIFIERS, ids=repr)
 @pytest.mark.parametrize("dense", [Never(), WhenCheaper()], ids=repr)
@@ -79,6 +80,7 @@ def test_replicas_agree_bitwise(sparsifier, dense, dtype):
         assert reduce.traffic.steps == 4
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("op", [Average, Sum], ids=lambda op: op.name)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_density_one_is_the_rank_ordered_sum(op, dtype):
@@ -92,6 +94,7 @@ def test_density_one_is_the_rank_ordered_sum(op, dtype):
         np.testing.assert_array_equal(result, total * scale)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_dense_tensors_are_what_mpi_gives(dtype):
     with SparseAllreduce(TopK(1.0), comm=COMM, op=Sum) as reduce:
@@ -105,6 +108,7 @@ def test_dense_tensors_are_what_mpi_gives(dtype):
     assert handed.tobytes() == total.tobytes()
 
 
+@pytest.mark.ranks
 def test_float32_and_float64_share_a_step():
     with SparseAllreduce(TopK(0.1), comm=COMM) as reduce:
         given = {"a": np.ones(3, np.float32), "b": np.full(4, 2.0)}
@@ -113,6 +117,7 @@ def test_float32_and_float64_share_a_step():
     np.testing.assert_array_equal(results["b"], given["b"])
 
 
+@pytest.mark.ranks
 def test_order_of_the_mapping_does_not_matter():
     given = gradients(0)
     names = sorted(given, reverse=bool(RANK % 2))
@@ -121,6 +126,7 @@ def test_order_of_the_mapping_does_not_matter():
     assert same_bits(results)
 
 
+@pytest.mark.ranks
 def test_messages_above_the_limit_are_split():
     whole, split = (
         SparseAllreduce(TopK(0.5), comm=COMM, dense=dense)
@@ -134,6 +140,7 @@ def test_messages_above_the_limit_are_split():
         np.testing.assert_array_equal(a[name], b[name])
 
 
+@pytest.mark.ranks
 def test_dense_messages_above_the_limit_are_split():
     with SparseAllreduce(TopK(1.0), comm=COMM) as reduce:
         reduce._exchange.message_bytes = 64
@@ -141,6 +148,7 @@ def test_dense_messages_above_the_limit_are_split():
     assert same_bits(results)
 
 
+@pytest.mark.ranks
 def test_out_is_written_whole_and_may_be_the_gradient():
     given = np.arange(100, dtype=np.float32) + RANK
     with SparseAllreduce(TopK(0.1), comm=COMM, dense=Never()) as reduce:
@@ -153,6 +161,7 @@ def test_out_is_written_whole_and_may_be_the_gradient():
     np.testing.assert_array_equal(strided, fresh)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_nonfinite_on_one_rank_reaches_all_and_stays_out(value):
     clean, dirty = gradients(1), gradients(0)
@@ -170,6 +179,7 @@ def test_nonfinite_on_one_rank_reaches_all_and_stays_out(value):
         assert same_bits(after)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("sparsifier", SPARSIFIERS, ids=repr)
 def test_a_restart_continues_bitwise(sparsifier):
     with SparseAllreduce(sparsifier, comm=COMM, dense=Never()) as straight:
@@ -205,6 +215,7 @@ def test_a_state_of_another_size_or_model_says_so_by_name():
             reduce.load_state_dict({**state, "tensors": other})
 
 
+@pytest.mark.ranks
 def test_a_part_of_the_ranks_is_a_group_of_its_own():
     half = COMM.Split(RANK % 2, RANK)
     with SparseAllreduce(TopK(1.0), comm=half, op=Sum, dense=Never()) as reduce:
@@ -213,6 +224,7 @@ def test_a_part_of_the_ranks_is_a_group_of_its_own():
     half.Free()
 
 
+@pytest.mark.ranks
 def test_traffic_counts_what_moves():
     n, k = 10_000, 100
     with SparseAllreduce(TopK(0.01), comm=COMM, dense=Never()) as reduce:
@@ -233,6 +245,7 @@ def test_closed_means_closed():
         reduce.allreduce("a", np.ones(3, np.float32))
 
 
+@pytest.mark.ranks
 def test_start_and_finish_take_turns():
     with SparseAllreduce(TopK(0.1), comm=COMM, dense=Never()) as reduce:
         reduce.start({"a": np.ones(8, np.float32)})
@@ -257,6 +270,7 @@ DISAGREEMENTS = {
 }
 
 
+@pytest.mark.ranks
 @several
 @pytest.mark.parametrize("case", DISAGREEMENTS)
 def test_a_disagreement_is_an_error_on_every_rank(case):
@@ -271,6 +285,7 @@ def test_a_disagreement_is_an_error_on_every_rank(case):
             np.testing.assert_array_equal(residual, gradient)
 
 
+@pytest.mark.ranks
 @several
 def test_a_majority_is_believed():
     rank = 0 if SIZE > 2 else 1
@@ -282,6 +297,7 @@ def test_a_majority_is_believed():
         reduce.grouped_allreduce(mine)
 
 
+@pytest.mark.ranks
 @several
 @pytest.mark.parametrize(
     ("most", "last"),
@@ -297,6 +313,7 @@ def test_another_configuration_is_named(most, last):
         reduce.allreduce("a", np.ones(8, np.float32))
 
 
+@pytest.mark.ranks
 @several
 def test_another_step_is_named():
     with SparseAllreduce(TopK(0.5), comm=COMM, dense=Never(), timeout_s=5) as reduce:
@@ -309,6 +326,7 @@ def test_another_step_is_named():
             reduce.allreduce("a", np.ones(8, np.float32))
 
 
+@pytest.mark.ranks
 @several
 def test_a_rank_that_raises_is_heard_by_all():
     bad = np.ones(8, np.int32 if RANK == SIZE - 1 else np.float32)
@@ -323,6 +341,7 @@ def test_a_rank_that_raises_is_heard_by_all():
         assert same_bits({"b": result})
 
 
+@pytest.mark.ranks
 def test_all_ranks_may_raise_together():
     with SparseAllreduce(TopK(0.5), comm=COMM, dense=Never(), timeout_s=5) as reduce:
         reduce.allreduce("a", np.ones(8, np.float32))
@@ -389,6 +408,7 @@ class Careless:
         return Selection(indices, values.astype(self.values), 0)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     ("sparsifier", "message"),
     [
@@ -415,6 +435,7 @@ class Unordered(Careless):
         return selection._replace(indices=np.ascontiguousarray(selection.indices[::-1]))
 
 
+@pytest.mark.ranks
 def test_indices_that_do_not_ascend_are_an_error_and_lose_nothing():
     gradient = np.ones(8, np.float32)
     with SparseAllreduce(Unordered(4), comm=COMM, dense=Never()) as reduce:
@@ -432,6 +453,7 @@ class Astray(Careless):
         return selection._replace(indices=selection.indices + np.int32(100))
 
 
+@pytest.mark.ranks
 def test_indices_out_of_range_are_an_error_before_anything_moves():
     with SparseAllreduce(Astray(4), comm=COMM, dense=Never(), timeout_s=5) as reduce:
         with pytest.raises(ValueError, match="indices must"):
@@ -439,6 +461,7 @@ def test_indices_out_of_range_are_an_error_before_anything_moves():
         assert reduce.traffic.sent_bytes == 0
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("place", [0, 48], ids=["magic", "first index"])
 def test_a_damaged_payload_returns_what_all_tensors_of_its_group_sent(
     place, monkeypatch
@@ -463,6 +486,7 @@ def test_a_damaged_payload_returns_what_all_tensors_of_its_group_sent(
         reduce.grouped_allreduce(mine)
 
 
+@pytest.mark.ranks
 @several
 def test_a_rank_that_can_not_construct_is_heard_by_those_who_can():
     if RANK == SIZE - 1:
@@ -474,6 +498,7 @@ def test_a_rank_that_can_not_construct_is_heard_by_those_who_can():
         reduce.allreduce("a", np.ones(8, np.float32))
 
 
+@pytest.mark.ranks
 @several
 def test_a_straggler_is_warned_about_and_awaited(monkeypatch):
     monkeypatch.setattr(hvd_sparse.exchange, "WARNING_S", 0.2)
@@ -487,6 +512,7 @@ def test_a_straggler_is_warned_about_and_awaited(monkeypatch):
     assert same_bits({"late": result})
 
 
+@pytest.mark.ranks
 def test_a_measured_cost_is_the_same_on_every_rank_and_serves():
     found = measure(COMM, sizes=(64, 4096, 65536), repeats=3)
     assert agree(repr(found).encode())

@@ -93,6 +93,7 @@ def stepper(model, tape, optimizer):
 # ------------------------------------------------------------------------- replicas
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("kind", ["SGD", "Adam"])
 @pytest.mark.parametrize("sparsifier", SPARSIFIERS, ids=repr)
 def test_replicas_agree_bitwise_with_fit(sparsifier, kind):
@@ -107,6 +108,7 @@ def test_replicas_agree_bitwise_with_fit(sparsifier, kind):
     optimizer.close()
 
 
+@pytest.mark.ranks
 @keras_2
 @pytest.mark.parametrize("kind", ["legacySGD", "legacyAdam"])
 def test_replicas_agree_bitwise_with_legacy_optimizers(kind):
@@ -119,6 +121,7 @@ def test_replicas_agree_bitwise_with_legacy_optimizers(kind):
     optimizer.close()
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("how", ["eager", "graph"])
 def test_replicas_agree_bitwise_with_a_tape(how):
     model, tape = perceptron(), tape_of()
@@ -162,6 +165,7 @@ class EveryWeight(tf.keras.callbacks.Callback):
         self.seen.append([w.copy() for w in self.model.get_weights()])
 
 
+@pytest.mark.ranks
 def test_a_graph_runs_one_exchange_a_step_and_freezes_nothing():
     steps, weights = 24, EveryWeight()
     model = perceptron()  # 4 variables
@@ -181,6 +185,7 @@ def test_a_graph_runs_one_exchange_a_step_and_freezes_nothing():
 # ---------------------------------------------------------- density 1, nothing lost
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("op", [sparse.Average, Sum], ids=["Average", "Sum"])
 @pytest.mark.parametrize("dense", [Never(), WhenCheaper()], ids=repr)
 def test_density_one_is_the_rank_ordered_sum(op, dense):
@@ -204,6 +209,7 @@ def test_density_one_is_the_rank_ordered_sum(op, dense):
     tape.close()
 
 
+@pytest.mark.ranks
 def test_nothing_is_lost_when_a_graph_is_traced_again():
     weights = tf.Variable(tf.zeros(64))
     tape = tape_of(TopK(0.1), op=Sum)
@@ -228,6 +234,7 @@ def test_nothing_is_lost_when_a_graph_is_traced_again():
     tape.close()
 
 
+@pytest.mark.ranks
 def test_the_bits_are_those_of_pytorch():
     torch = pytest.importorskip("torch")
     import hvd_sparse.torch
@@ -256,6 +263,7 @@ def test_the_bits_are_those_of_pytorch():
     tape.close()
 
 
+@pytest.mark.ranks
 def test_a_nan_on_one_rank_is_seen_by_all_and_forgotten():
     weights = tf.Variable(tf.zeros(16))
     tape = tape_of(TopK(0.25))
@@ -297,6 +305,7 @@ def test_results_that_are_kept_never_change(how):
 # ------------------------------------------------------------------ kinds of gradients
 
 
+@pytest.mark.ranks
 def test_embedding_gradients_stay_sparse_and_exact():
     table = tf.Variable(tf.zeros((50, 4)))
     tape = tape_of()
@@ -326,6 +335,7 @@ def test_gradients_that_are_none_stay_none():
     tape.close()
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_every_floating_dtype_comes_back_as_it_was(dtype):
     weights = tf.Variable(tf.zeros((8, 5), dtype))
@@ -338,6 +348,7 @@ def test_every_floating_dtype_comes_back_as_it_was(dtype):
     tape.close()
 
 
+@pytest.mark.ranks
 def test_loss_scaling_skips_a_step_on_all_ranks_or_on_none():
     policy = tf.keras.mixed_precision.LossScaleOptimizer
     scaled = policy(tf.keras.optimizers.SGD(0.1), initial_scale=1024.0)
@@ -363,6 +374,7 @@ def test_loss_scaling_skips_a_step_on_all_ranks_or_on_none():
 # ----------------------------------------------------------------------------- state
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("sparsifier", [TopK(0.05), RandomK(0.1)], ids=repr)
 def test_a_restart_continues_bitwise(sparsifier):
     x, y = data()
@@ -385,6 +397,7 @@ def test_a_restart_continues_bitwise(sparsifier):
     optimizer.close()
 
 
+@pytest.mark.ranks
 def test_broadcasts_make_ranks_alike():
     tf.keras.utils.set_random_seed(RANK)
     model = tf.keras.Sequential([tf.keras.layers.Input((4,)), tf.keras.layers.Dense(4)])
@@ -392,6 +405,7 @@ def test_broadcasts_make_ranks_alike():
     assert agree(bits(model))
 
 
+@pytest.mark.ranks
 @several
 def test_broadcasting_different_models_is_an_error_on_every_rank():
     variable = tf.Variable(tf.zeros(5 if RANK == SIZE - 1 else 4))
@@ -442,6 +456,7 @@ def test_xla_says_that_it_can_not_compile_it():
     optimizer.close()
 
 
+@pytest.mark.ranks
 @several
 def test_ranks_that_train_different_models_hear_of_it():
     weights = tf.Variable(tf.zeros(5 if RANK == SIZE - 1 else 4))

@@ -82,6 +82,7 @@ def replicas_agree(model) -> bool:
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sparsifier", SPARSIFIERS, ids=repr)
 def test_replicas_agree_bitwise(sparsifier, dtype):
@@ -93,6 +94,7 @@ def test_replicas_agree_bitwise(sparsifier, dtype):
     optimizer.close()
 
 
+@pytest.mark.ranks
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sparsifier", SPARSIFIERS, ids=repr)
@@ -114,6 +116,7 @@ def test_gradients_on_an_accelerator_get_the_bits_of_the_hosts(sparsifier, dtype
         optimizer.close()
 
 
+@pytest.mark.ranks
 def test_density_one_is_dense_training():
     ours, theirs = perceptron(), perceptron()
     theirs.load_state_dict(ours.state_dict())
@@ -177,6 +180,7 @@ def test_step_hooks_run_once():
     optimizer.close()
 
 
+@pytest.mark.ranks
 def test_every_call_of_a_closure_is_exchanged_and_its_loss_averaged():
     model = perceptron(torch.float64)
     optimizer = torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe")
@@ -215,6 +219,7 @@ def test_zero_grad_takes_its_argument(set_to_none):
     optimizer.close()
 
 
+@pytest.mark.ranks
 def test_gradients_can_be_clipped_between_synchronize_and_step():
     model = perceptron()
     optimizer = distribute(sgd(model), model)
@@ -257,6 +262,7 @@ def test_parameter_groups_keep_their_options():
     optimizer.close()
 
 
+@pytest.mark.ranks
 def test_frozen_parameters_take_no_part_and_may_thaw():
     model = perceptron()
     model[0].weight.requires_grad = False
@@ -283,6 +289,7 @@ class TwoHeads(nn.Module):
         return sum(self.heads[i](x) * (place + 1) for place, i in enumerate(order))
 
 
+@pytest.mark.ranks
 def test_ranks_may_use_different_parameters_in_different_order():
     model = TwoHeads()
     optimizer = distribute(sgd(model), model)
@@ -296,6 +303,7 @@ def test_ranks_may_use_different_parameters_in_different_order():
     optimizer.close()
 
 
+@pytest.mark.ranks
 def test_sparse_embedding_gradients_stay_sparse_and_exact():
     embedding = nn.Embedding(50, 4, sparse=True)
     optimizer = distribute(torch.optim.SparseAdam(embedding.parameters()), embedding)
@@ -313,6 +321,7 @@ def test_sparse_embedding_gradients_stay_sparse_and_exact():
     optimizer.close()
 
 
+@pytest.mark.ranks
 def test_gradients_of_several_backward_passes_add_up():
     model, twin = perceptron(torch.float64), perceptron(torch.float64)
     twin.load_state_dict(model.state_dict())
@@ -331,6 +340,7 @@ def test_gradients_of_several_backward_passes_add_up():
     optimizer.close()
 
 
+@pytest.mark.ranks
 def test_gradients_that_are_not_contiguous_are_handed_back_in_place():
     model = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
     optimizer = distribute(sgd(model), model)
@@ -344,6 +354,7 @@ def test_gradients_that_are_not_contiguous_are_handed_back_in_place():
     optimizer.close()
 
 
+@pytest.mark.ranks
 def test_a_nan_on_one_rank_is_seen_by_all_and_forgotten():
     model = perceptron()
     optimizer = distribute(torch.optim.SGD(model.parameters(), lr=0.0), model)
@@ -363,6 +374,7 @@ def test_a_nan_on_one_rank_is_seen_by_all_and_forgotten():
 # --------------------------------------------------------------------------- state
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("sparsifier", [TopK(0.05), RandomK(0.1)], ids=repr)
 def test_a_restart_continues_bitwise(sparsifier, tmp_path):
     model = perceptron()
@@ -400,6 +412,7 @@ def test_residuals_of_another_model_are_refused_by_name():
     stranger.close()
 
 
+@pytest.mark.ranks
 def test_broadcasts_make_ranks_alike():
     torch.manual_seed(RANK)
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
@@ -415,6 +428,7 @@ def test_broadcasts_make_ranks_alike():
     assert len(set(COMM.allgather(b"".join(moments)))) == 1
 
 
+@pytest.mark.ranks
 @several
 def test_broadcasting_different_models_is_an_error_on_every_rank():
     model = nn.Linear(4, 5 if RANK == SIZE - 1 else 4)
@@ -425,6 +439,7 @@ def test_broadcasting_different_models_is_an_error_on_every_rank():
 # -------------------------------------------------------------------------- bad use
 
 
+@pytest.mark.ranks
 @several
 def test_ranks_that_train_different_models_hear_of_it():
     model = nn.Linear(4, 5 if RANK == SIZE - 1 else 4)
@@ -479,6 +494,7 @@ def test_names_are_made_where_none_are_given():
 # ----------------------------------------------------------------- less usual habits
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("users", ["one rank", "no rank"])
 def test_a_sparse_embedding_may_be_unused(users):
     model = nn.ModuleList([nn.Embedding(50, 4, sparse=True), nn.Linear(4, 1)])
@@ -496,6 +512,7 @@ def test_a_sparse_embedding_may_be_unused(users):
     optimizer.close()
 
 
+@pytest.mark.ranks
 def test_sparse_embedding_gradients_are_counted():
     embedding = nn.Embedding(5000, 4, sparse=True)
     optimizer = distribute(torch.optim.SGD(embedding.parameters(), lr=0.1), embedding)
@@ -508,6 +525,7 @@ def test_sparse_embedding_gradients_are_counted():
     optimizer.close()
 
 
+@pytest.mark.ranks
 @several
 def test_sparse_embeddings_of_different_shapes_are_an_error_on_every_rank():
     embedding = nn.Embedding(50, 5 if RANK == SIZE - 1 else 4, sparse=True)
@@ -518,6 +536,7 @@ def test_sparse_embeddings_of_different_shapes_are_an_error_on_every_rank():
     optimizer.close()
 
 
+@pytest.mark.ranks
 def test_a_backward_pass_after_synchronize_is_exchanged_again():
     model = perceptron()
     optimizer = distribute(sgd(model), model)
@@ -540,6 +559,7 @@ def test_skip_synchronize_without_synchronize_is_refused():
     optimizer.close()
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("users", ["all ranks", "one rank"])
 def test_parameters_frozen_after_backward_still_agree(users):
     model = nn.ModuleList([nn.Linear(6, 3), nn.Linear(6, 3)])
@@ -587,6 +607,7 @@ def test_a_parameter_that_is_never_used_costs_no_exchange():
     optimizer.close()
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("first", ["rows", "dense"])
 def test_a_gradient_may_be_sparse_in_one_step_and_dense_in_the_next(first):
     embedding = nn.Embedding(50, 4, sparse=first == "rows")
@@ -601,6 +622,7 @@ def test_a_gradient_may_be_sparse_in_one_step_and_dense_in_the_next(first):
     optimizer.close()
 
 
+@pytest.mark.ranks
 def test_a_gradient_may_be_sparse_on_one_rank_and_dense_on_another():
     embedding = nn.Embedding(50, 4, sparse=RANK == 0)
     optimizer = distribute(torch.optim.SGD(embedding.parameters(), lr=0.1), embedding)
@@ -613,6 +635,7 @@ def test_a_gradient_may_be_sparse_on_one_rank_and_dense_on_another():
     optimizer.close()
 
 
+@pytest.mark.ranks
 @several
 def test_an_error_on_the_way_into_the_exchange_is_heard_by_all():
     model = perceptron()
@@ -633,6 +656,7 @@ def test_an_error_on_the_way_into_the_exchange_is_heard_by_all():
     optimizer.close()
 
 
+@pytest.mark.ranks
 def test_loss_scaling_skips_a_step_on_all_ranks_or_on_none():
     model = perceptron()
     optimizer = distribute(sgd(model), model)
@@ -741,6 +765,7 @@ def test_residuals_can_be_rolled_back_to_the_start():
     optimizer.close()
 
 
+@pytest.mark.ranks
 @several
 def test_broadcasting_from_different_roots_is_an_error_on_every_rank():
     model = perceptron()
