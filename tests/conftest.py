@@ -58,13 +58,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    """With --quick, of each test the row that its name draws, on every rank alike."""
+    """With --quick, of each table the row that its name draws, on every rank alike.
+
+    A table is one test with all its parameters, or all of a file that start jobs.
+    """
     if not config.getoption("--quick"):
         return
-    rows = defaultdict(list)
+    tables = defaultdict(list)
     for item in items:
-        rows[item.nodeid.partition("[")[0]].append(item)
-    taken = [rows[test][crc32(test.encode()) % len(rows[test])] for test in rows]
+        end = "::" if item.get_closest_marker("jobs") else "["
+        tables[item.nodeid.partition(end)[0]].append(item)
+    taken = [rows[crc32(name.encode()) % len(rows)] for name, rows in tables.items()]
     config.hook.pytest_deselected(items=[i for i in items if i not in set(taken)])
     items[:] = taken
 

@@ -10,6 +10,7 @@ import pytest
 
 import hvd_sparse
 from hvd_sparse.kernels.compiled import _Files
+from hvd_sparse.warm_up import warm_up
 
 # all of this package that one small kernel needs; what it compiles takes seconds
 PROGRAM = """
@@ -52,6 +53,7 @@ def compiled_in(package: Path) -> set[Path]:
     return set((package / "kernels" / "__pycache__").glob("*.nb*"))
 
 
+@pytest.mark.jobs
 def test_the_next_process_finds_what_was_compiled(copied: Path) -> None:
     assert run(copied) == ["1.0", "1", "0"]
     files = compiled_in(copied)
@@ -59,6 +61,7 @@ def test_the_next_process_finds_what_was_compiled(copied: Path) -> None:
     assert compiled_in(copied) == files
 
 
+@pytest.mark.jobs
 def test_an_edit_of_any_source_is_compiled_and_the_old_code_forgotten(
     copied: Path,
 ) -> None:
@@ -103,3 +106,38 @@ def test_a_folder_that_can_not_be_written_any_more_costs_time_alone(
     folder = tmp_path / "gone"
     _Files(folder, "loop-1.py311", "digest").save("float32", "nowhere")
     assert not folder.exists()
+
+
+EVERYTHING = """
+import itertools
+import numpy as np
+from laws import DTYPES, EVERY, Kind, Ranks
+from hvd_sparse.kernels import drawing, host
+for dtype, sparsify, in_place in itertools.product(DTYPES, EVERY, (False, True)):
+    ranks = Ranks(2, EVERY[sparsify](0.01))
+    kind = Kind((9973,), "normal", "contiguous", 0)
+    for layout in ("contiguous", "read-only")[: 1 if in_place else 2]:
+        step = ranks.step_in_place if in_place else ranks.step
+        step([kind._replace(layout=layout).make(DTYPES[dtype], r) for r in range(2)])
+loops = [loop for m in (drawing, host) for loop in vars(m).values()
+         if hasattr(loop, "stats")]
+assert sum(sum(loop.stats.cache_hits.values()) for loop in loops) > 30
+for loop in loops:
+    for signature in loop.stats.cache_misses:
+        print(loop.__name__, signature)
+"""
+
+
+def test_after_warming_up_nothing_is_compiled() -> None:
+    """Whatever the dtype, the sparsifier, and whether a gradient is read-only."""
+    warm_up()
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    ended = subprocess.run(
+        [sys.executable, "-c", EVERYTHING],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == ""

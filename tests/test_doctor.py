@@ -60,6 +60,7 @@ def is_whole(found: dict, ranks: int, carrier: str) -> bool:
 # ------------------------------------------------------------------ real launchers
 
 
+@pytest.mark.jobs
 def test_alone_it_says_what_is_installed_and_how_to_learn_more(tmp_path: Path) -> None:
     job, found = examined([], tmp_path / "found.json")
     assert found["installed"]["numpy"] == np.__version__
@@ -69,6 +70,7 @@ def test_alone_it_says_what_is_installed_and_how_to_learn_more(tmp_path: Path) -
 
 
 @needs_mpirun
+@pytest.mark.jobs
 def test_under_mpirun_it_measures_the_job(tmp_path: Path) -> None:
     launcher = [str(mpirun), "-np", "2", "--oversubscribe", "--bind-to", "none"]
     job, found = examined(launcher, tmp_path / "found.json")
@@ -78,6 +80,7 @@ def test_under_mpirun_it_measures_the_job(tmp_path: Path) -> None:
 
 
 @needs_mpirun
+@pytest.mark.jobs
 def test_json_without_a_file_is_all_that_is_printed() -> None:
     launcher = [str(mpirun), "-np", "2", "--oversubscribe", "--bind-to", "none"]
     job = run([*launcher, *DOCTOR, "--compute-s", "0.2", "--json"], LIMIT_S)
@@ -109,6 +112,7 @@ def test_a_compute_time_that_is_none_is_refused(
 
 
 @needs_horovodrun
+@pytest.mark.jobs
 def test_controllers_and_operations_are_those_of_check_build() -> None:
     built = run([str(horovodrun), "--check-build"], LIMIT_S).output
     controllers, operations = built.split("Available")[2:4]
@@ -118,6 +122,7 @@ def test_controllers_and_operations_are_those_of_check_build() -> None:
 
 
 @needs_horovodrun
+@pytest.mark.jobs
 @pytest.mark.parametrize("transport", ["gloo", "mpi"])
 def test_under_horovodrun_it_measures_the_job(transport: str, tmp_path: Path) -> None:
     launcher = [str(horovodrun), "-np", "2", "-H", "localhost:2", f"--{transport}"]
@@ -131,6 +136,7 @@ def test_under_horovodrun_it_measures_the_job(transport: str, tmp_path: Path) ->
     assert bool(found["mpi"]) == (transport == "mpi")  # Gloo workers start no MPI
 
 
+@pytest.mark.jobs
 @pytest.mark.parametrize("hidden", ["rich", "torch", "horovod", "mpi4py"])
 def test_without_a_package_it_still_reports_or_says_what_to_install(
     hidden: str, tmp_path: Path
@@ -162,6 +168,7 @@ def test_without_a_package_it_still_reports_or_says_what_to_install(
 
 
 @needs_mpirun
+@pytest.mark.jobs
 @pytest.mark.parametrize("content", [None, b"no archive"])
 def test_a_checkpoint_that_can_not_be_read_is_named(
     content: bytes | None, tmp_path: Path
@@ -177,6 +184,7 @@ def test_a_checkpoint_that_can_not_be_read_is_named(
 
 
 @needs_mpirun
+@pytest.mark.jobs
 def test_only_the_first_rank_needs_the_checkpoint(tmp_path: Path) -> None:
     for host in ("first", "second"):
         (tmp_path / host).mkdir()

@@ -28,6 +28,8 @@ TIMEOUT_S = 85  # one job; it takes about 15 on two idle cores
 LEAVING_S = 10  # for what Horovod has started, once the job has ended
 HOSTS = ("localhost", "127.0.0.1", "127.1")
 
+pytestmark = pytest.mark.jobs
+
 horovodrun = shutil.which("horovodrun", path=str(Path(sys.executable).parent))
 needs_horovod = pytest.mark.skipif(
     horovodrun is None or importlib.util.find_spec("horovod") is None,

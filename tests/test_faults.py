@@ -5,11 +5,12 @@ These start mpirun themselves, because the whole job ends.
 
 import re
 
+import pytest
 from launching import START_S, Ended, launch, needs_mpirun
 
 DEADLINE_S = 5  # what the program gives its peers
 
-pytestmark = needs_mpirun
+pytestmark = [needs_mpirun, pytest.mark.jobs]
 
 
 def fault(kind: str, timeout_s: float = DEADLINE_S + START_S) -> Ended:

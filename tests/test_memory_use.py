@@ -10,6 +10,7 @@ GRADIENT_BYTES = 4 * ELEMENTS
 
 pytestmark = [
     needs_mpirun,
+    pytest.mark.jobs,
     pytest.mark.skipif(
         not os.access("/proc/self/clear_refs", os.W_OK),
         reason="needs Linux's /proc/self/clear_refs to measure the peak of one step",

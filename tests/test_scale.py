@@ -22,6 +22,7 @@ DENSITY, STEPS, SIZES = 0.02, 3, 3  # of the program
 
 
 @needs_mpirun
+@pytest.mark.jobs
 @pytest.mark.parametrize("ranks", [2, 4, 8, 16])
 def test_counted_bytes_match_the_model_exactly(ranks: int) -> None:
     job = launch("count_bytes.py", ranks=ranks, timeout_s=START_S + 10 * ranks)

@@ -21,10 +21,13 @@ JOB_S = 120
 
 ENDED = re.compile(r"\bJobState=(?!PENDING|CONFIGURING|RUNNING|COMPLETING)")
 
-pytestmark = pytest.mark.skipif(
-    not all(shutil.which(daemon, path=PATH) for daemon in (*DAEMONS, "sbatch")),
-    reason="needs Slurm: apt-get install slurm-wlm munge",
-)
+pytestmark = [
+    pytest.mark.jobs,
+    pytest.mark.skipif(
+        not all(shutil.which(daemon, path=PATH) for daemon in (*DAEMONS, "sbatch")),
+        reason="needs Slurm: apt-get install slurm-wlm munge",
+    ),
+]
 
 CONFIGURATION = """
 ClusterName=test

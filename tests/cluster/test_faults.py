@@ -26,6 +26,7 @@ BEGIN_S = 100  # for a launcher and what it starts to come up: nobody's promise
 STEPS = 5  # that show that training goes on
 
 pytestmark = [
+    pytest.mark.jobs,
     pytest.mark.skipif(bool(why_not()), reason=why_not()),
     # above the sum of a test's own limits: pytest's would leave hosts and ranks behind
     pytest.mark.timeout(900),
