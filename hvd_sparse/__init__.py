@@ -10,6 +10,7 @@ The map of the package:
 | `hvd_sparse.kernels` | the hot loops: numpy oracle, Numba, accelerator |
 | `hvd_sparse.mpi` | numpy arrays over plain MPI: SparseAllreduce |
 | `hvd_sparse.exchange` | what MPI carries, and when ranks disagree: `agreement` |
+| `hvd_sparse.advice` | what of an optimizer spoils sparse training |
 | `hvd_sparse.carriers` | how payloads travel through Horovod |
 | `hvd_sparse.watchdog` | waits that nothing else can end |
 | `hvd_sparse.torch` | PyTorch: SparseCompressor (Horovod), DistributedOptimizer |
@@ -21,6 +22,7 @@ Importing this package imports no framework and no MPI.
 from importlib import import_module
 from typing import Any
 
+from hvd_sparse.advice import QualityWarning
 from hvd_sparse.carriers import Embedded, Gathered
 from hvd_sparse.core.adaptive import CAT, ExactCAT
 from hvd_sparse.core.contracts import (
@@ -54,6 +56,7 @@ __all__ = [
     "PaperPayload",
     "Payload",
     "PayloadError",
+    "QualityWarning",
     "RandomK",
     "Selection",
     "SignTopK",

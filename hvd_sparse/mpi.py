@@ -99,6 +99,11 @@ class SparseAllreduce:
         return self._exchange.size
 
     @property
+    def sparsifier(self) -> Sparsifier:
+        """What decides which elements are sent."""
+        return self._path.sparsifier
+
+    @property
     def traffic(self) -> Traffic:
         """Bytes sent and received so far."""
         return self._path.traffic

@@ -24,3 +24,32 @@ SPARSIFIERS = [
     CAT(SignTopK(), AFFINE),
     CAT(Stochastic(), AFFINE),
 ]
+
+# what a sparse training is warned of: optimizers with momentum, at low densities
+TORCH_OPTIMIZERS = [
+    ("SGD", {"lr": 0.1, "momentum": 0.9}, True),
+    ("SGD", {"lr": 0.1, "momentum": 0.5, "nesterov": True}, True),
+    ("SGD", {"lr": 0.1}, False),
+    ("Adam", {}, True),
+    ("Adam", {"betas": (0.0, 0.999)}, False),
+    ("AdamW", {}, True),
+    ("NAdam", {}, True),
+    ("Adamax", {}, True),
+    ("RMSprop", {"momentum": 0.5}, True),
+    ("RMSprop", {}, False),
+    ("Adagrad", {}, False),
+]
+KERAS_OPTIMIZERS = [
+    ("SGD", {"momentum": 0.9}, True),
+    ("SGD", {"momentum": 0.5, "nesterov": True}, True),
+    ("SGD", {}, False),
+    ("Adam", {}, True),
+    ("Adam", {"beta_1": 0.0}, False),
+    ("AdamW", {}, True),
+    ("Nadam", {}, True),
+    ("Adamax", {}, True),
+    ("RMSprop", {"momentum": 0.5}, True),
+    ("RMSprop", {}, False),
+    ("Adagrad", {}, False),
+]
+LOW_DENSITIES = {0.001: True, 0.01: True, 0.1: False}

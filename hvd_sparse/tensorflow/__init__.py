@@ -17,6 +17,7 @@ from hvd_sparse import (
     Packet,
     Payload,
     PayloadError,
+    QualityWarning,
     RandomK,
     SignTopK,
     Stochastic,
@@ -26,6 +27,7 @@ from hvd_sparse import (
     WhenCheaper,
     checkpoint_path,
 )
+from hvd_sparse.tensorflow.advice import advise
 from hvd_sparse.tensorflow.callbacks import ResidualCheckpoint, TrafficLogger
 from hvd_sparse.tensorflow.horovod import SparseCompressor
 from hvd_sparse.tensorflow.measuring import measure
@@ -46,6 +48,7 @@ __all__ = [
     "Packet",
     "Payload",
     "PayloadError",
+    "QualityWarning",
     "RandomK",
     "ResidualCheckpoint",
     "SignTopK",
@@ -56,6 +59,7 @@ __all__ = [
     "TopK",
     "TrafficLogger",
     "WhenCheaper",
+    "advise",
     "broadcast_variables",
     "checkpoint_path",
     "measure",

@@ -20,12 +20,14 @@ import sys
 import threading
 import weakref
 from functools import partial
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from hvd_sparse.advice import Adviser
 from hvd_sparse.core.contracts import (
     Average,
     ExchangeError,
@@ -38,6 +40,7 @@ from hvd_sparse.core.path import Tensor as Admitted
 from hvd_sparse.core.payload import padded_bytes, split
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
+from hvd_sparse.tensorflow.advice import advise
 from hvd_sparse.tensorflow.buffers import Buffers
 from hvd_sparse.tensorflow.states import as_tensors
 from hvd_sparse.watchdog import Watchdog
@@ -45,6 +48,7 @@ from hvd_sparse.watchdog import Watchdog
 Array = npt.NDArray[Any]
 Tensor = Any  # tf.Tensor: TensorFlow has no types
 
+_KERAS = (tf.keras.optimizers.Optimizer, tf.keras.optimizers.legacy.Optimizer)
 _FLOATING = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 _FRAMES = 16  # between compress and Horovod's allreduce, where AutoGraph converted it
 
@@ -134,6 +138,7 @@ class SparseCompressor:
         self._dense: dict[str, Admitted] = {}  # what Horovod reduces without us
         self._counts: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._owner: weakref.ref[Any] | None = None
+        self._adviser = Adviser(advise, sparsifier)
         self._lock = threading.RLock()  # TensorFlow calls from several threads
         self._watchdog = Watchdog(
             timeout_s,
@@ -167,6 +172,9 @@ class SparseCompressor:
             ValueError: op, or the process set, is not that of the optimizer.
         """
         self._check_call()
+        optimizer = _optimizer_that_calls()
+        if optimizer is not None:
+            self._adviser.step(optimizer, self._exchange.rank, stacklevel=2)
         if tensor.dtype not in _FLOATING:
             return tensor, None
         name = self._name(tensor)
@@ -408,6 +416,20 @@ def _python(function: Any, inputs: list[Tensor], dtype: Any, shape: Any) -> Tens
         result = tf.numpy_function(function, inputs, dtype, stateful=True)
     result.set_shape(shape) if not hasattr(result, "numpy") else None
     return result
+
+
+def _optimizer_that_calls() -> Any:
+    """The Keras optimizer whose method calls compress; None for a tape.
+
+    However far: between the two TensorFlow traces a function, and AutoGraph converts.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, _KERAS):
+            return owner
+        frame = frame.f_back
+    return None
 
 
 def _caller_of(compressor: SparseCompressor) -> dict[str, Any]:

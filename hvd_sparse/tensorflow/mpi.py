@@ -14,11 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from hvd_sparse.advice import Adviser
 from hvd_sparse.broadcast import Broadcast
 from hvd_sparse.core.contracts import Average, Op, Sparsifier
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.mpi import Blob, SparseAllreduce
+from hvd_sparse.tensorflow.advice import advise
 from hvd_sparse.tensorflow.buffers import Buffers
 from hvd_sparse.tensorflow.states import as_tensors
 
@@ -43,9 +45,14 @@ class Gradients:
     def __init__(self, reduce: SparseAllreduce, op: Op) -> None:
         """Args: reduce: carries them. op: for gradients that came sparse."""
         self.reduce = reduce
+        self._adviser = Adviser(advise, reduce.sparsifier)
         self._op = op
         self._outs = Buffers()
         self._lock = threading.Lock()
+
+    def advise(self, optimizer: Any) -> None:
+        """Before its first step, say what spoils the quality, if anything does."""
+        self._adviser.step(optimizer, self.reduce.rank, stacklevel=3)
 
     @_do_not_convert  # type: ignore[untyped-decorator]
     def exchange(self, gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -344,6 +351,7 @@ class _DistributedKeras2(_Distributed):
     @_do_not_convert  # type: ignore[untyped-decorator]
     def apply_gradients(self, grads_and_vars: Any, *args: Any, **options: Any) -> Any:
         """Exchange the gradients, then the optimizer's own."""
+        self._sparse.advise(self)
         pairs = list(grads_and_vars)
         exchanged = self._sparse.exchange([gradient for gradient, _ in pairs])
         replaced = [(g, v) for g, (_, v) in zip(exchanged, pairs, strict=True)]
@@ -354,6 +362,7 @@ class _DistributedKeras3(_Distributed):
     @_do_not_convert  # type: ignore[untyped-decorator]
     def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
         """Exchange the gradients, then the optimizer's own."""
+        self._sparse.advise(self)
         exchanged = self._sparse.exchange(list(grads))
         return super().apply(exchanged, trainable_variables)  # type: ignore[misc]
 

@@ -20,6 +20,7 @@ from hvd_sparse import (
     Packet,
     Payload,
     PayloadError,
+    QualityWarning,
     RandomK,
     SignTopK,
     Stochastic,
@@ -29,6 +30,7 @@ from hvd_sparse import (
     WhenCheaper,
     checkpoint_path,
 )
+from hvd_sparse.torch.advice import advise
 from hvd_sparse.torch.horovod import SparseCompressor
 from hvd_sparse.torch.measuring import measure
 from hvd_sparse.torch.mpi import (
@@ -49,6 +51,7 @@ __all__ = [
     "Packet",
     "Payload",
     "PayloadError",
+    "QualityWarning",
     "RandomK",
     "SignTopK",
     "SparseCompressor",
@@ -57,6 +60,7 @@ __all__ = [
     "Threshold",
     "TopK",
     "WhenCheaper",
+    "advise",
     "broadcast_optimizer_state",
     "broadcast_parameters",
     "checkpoint_path",

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hvd_sparse.advice import Adviser
 from hvd_sparse.carriers import Carrier, Embedded, Gathered
 from hvd_sparse.core.contracts import Average, ExchangeError, Op, Sparsifier
 from hvd_sparse.core.path import Flight, GradientPath
@@ -34,6 +35,7 @@ from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.together import Together
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.torch import elastic
+from hvd_sparse.torch.advice import advise
 from hvd_sparse.torch.exchanges import (
     EmbeddedExchange,
     GatheredExchange,
@@ -159,6 +161,7 @@ class SparseCompressor:
         self._waiting: dict[str, Context] = {}  # for the last one of their batch
         self._planned = False
         self._optimizer: weakref.ref[Any] | None = None
+        self._adviser = Adviser(advise, sparsifier)
         self._elastic = elastic.is_elastic()
         self._shutdown = elastic.Shutdown()
         self._lock = threading.RLock()  # hooks run in several autograd threads
@@ -405,6 +408,7 @@ class SparseCompressor:
                 f"{theirs}, got {self._process_set}"
             )
         self._optimizer = weakref.ref(optimizer)
+        self._adviser.step(optimizer, self._carrier.rank, stacklevel=3)
 
     @property
     def traffic(self) -> Traffic:

@@ -17,11 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hvd_sparse.advice import Adviser
 from hvd_sparse.broadcast import Broadcast
 from hvd_sparse.core.contracts import Average, Op, Sparsifier
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.mpi import Blob, SparseAllreduce
+from hvd_sparse.torch.advice import advise
 from hvd_sparse.torch.states import as_tensors, viewed
 
 Array = npt.NDArray[Any]
@@ -109,6 +111,7 @@ class _Gradients:
         self.reduce = reduce
         self.synchronized = False  # by the user, and no backward pass or step since
         self.skip = False
+        self._adviser = Adviser(advise, reduce.sparsifier)
         self.kinds: dict[str, str] = {}  # dense or rows, the same on every rank
         self._hooks: dict[str, Any] = {}
         self._watch_backward(self._held())
@@ -121,6 +124,7 @@ class _Gradients:
         others can not expect, and a second one, where there are any, the gradients.
         """
         with self._reported():
+            self._adviser.step(self.optimizer, self.reduce.rank, stacklevel=3)
             held = self._held()
             self._watch_backward(held)
             expected = {

@@ -12,7 +12,7 @@ import members
 import numpy as np
 import pytest
 import torch
-from doors import AFFINE
+from doors import AFFINE, LOW_DENSITIES, TORCH_OPTIMIZERS
 from horovod.common.exceptions import HorovodInternalError
 from torch import nn
 
@@ -1005,3 +1005,21 @@ def test_a_measured_cost_is_the_same_on_every_rank():
     found = measure(sizes=(64, 4096, 65536), repeats=3)
     assert len(set(gather(repr(found)))) == 1
     assert found.cost.per_byte + found.cost.per_message > 0
+
+
+@pytest.mark.filterwarnings("always::hvd_sparse.QualityWarning")
+@pytest.mark.parametrize("density", LOW_DENSITIES)
+@pytest.mark.parametrize(("kind", "options", "momentum"), TORCH_OPTIMIZERS)
+def test_momentum_is_warned_of_once_by_the_first_rank(
+    kind, options, momentum, density, recwarn
+):
+    model = perceptron()
+    optimizer = hvd.DistributedOptimizer(
+        getattr(torch.optim, kind)(model.parameters(), **options),
+        named_parameters=model.named_parameters(),
+        compression=compressor(model, TopK(density)),
+    )
+    train(model, optimizer, range(3))
+    told = [str(w.message) for w in recwarn if w.category is sparse.QualityWarning]
+    bad = momentum and LOW_DENSITIES[density] and hvd.rank() == 0
+    assert told == [sparse.advise(optimizer, TopK(density))] * bad

@@ -6,16 +6,17 @@ import members
 import numpy as np
 import pytest
 import tensorflow as tf
-from doors import SPARSIFIERS
+from doors import KERAS_OPTIMIZERS, LOW_DENSITIES, SPARSIFIERS
 
 from hvd_sparse import (
     Never,
+    QualityWarning,
     RandomK,
     Sum,
     TopK,
     WhenCheaper,
 )
-from hvd_sparse.tensorflow import SparseCompressor, measure
+from hvd_sparse.tensorflow import SparseCompressor, advise, measure
 
 # Keras 2's own, where it draws a seed
 pytestmark = pytest.mark.filterwarnings("ignore:non-integer arguments to randrange")
@@ -377,3 +378,29 @@ def test_a_measured_cost_is_the_same_on_every_rank():
     found = measure(sizes=(64, 4096, 65536), repeats=3)
     assert agree(repr(found).encode())
     assert found.cost.per_byte + found.cost.per_message > 0
+
+
+@pytest.mark.filterwarnings("always::hvd_sparse.QualityWarning")
+@pytest.mark.parametrize("density", LOW_DENSITIES)
+@pytest.mark.parametrize(("kind", "options", "momentum"), KERAS_OPTIMIZERS)
+def test_momentum_is_warned_of_once_by_the_first_rank(
+    kind, options, momentum, density, recwarn
+):
+    variable = tf.Variable(tf.zeros(64))
+    optimizer = hvd_keras.DistributedOptimizer(
+        getattr(tf.keras.optimizers, kind)(**options),
+        compression=compressor(TopK(density)),
+    )
+    for _ in range(3):
+        optimizer.minimize(lambda: tf.reduce_sum(variable * 2), [variable])
+    told = [str(w.message) for w in recwarn if w.category is QualityWarning]
+    bad = momentum and LOW_DENSITIES[density] and hvd.rank() == 0
+    assert told == [advise(optimizer, TopK(density))] * bad
+
+
+@pytest.mark.filterwarnings("always::hvd_sparse.QualityWarning")
+@pytest.mark.parametrize("kind", ["Adam", "legacyAdam"])
+def test_momentum_is_warned_of_once_in_a_fit_whose_graph_is_traced_again(kind, recwarn):
+    fit(compressor(TopK(0.01)), kind)
+    told = [w for w in recwarn if w.category is QualityWarning]
+    assert len(told) == (hvd.rank() == 0)

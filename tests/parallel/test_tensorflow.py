@@ -5,13 +5,14 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import tensorflow as tf
-from doors import SPARSIFIERS
+from doors import KERAS_OPTIMIZERS, LOW_DENSITIES, SPARSIFIERS
 from mpi4py import MPI
 
 import hvd_sparse.tensorflow as sparse
 from hvd_sparse import (
     ExchangeError,
     Never,
+    QualityWarning,
     RandomK,
     Sum,
     TopK,
@@ -466,3 +467,38 @@ def test_ranks_that_train_different_models_hear_of_it():
     with pytest.raises(Exception, match=r"gradient0: rank \d has shape"):
         tape.gradient(loss, weights)
     tape.close()
+
+
+@pytest.mark.filterwarnings("always::hvd_sparse.QualityWarning")
+@pytest.mark.parametrize("density", LOW_DENSITIES)
+@pytest.mark.parametrize(("kind", "options", "momentum"), KERAS_OPTIMIZERS)
+def test_momentum_is_warned_of_once_by_the_first_rank(
+    kind, options, momentum, density, recwarn
+):
+    variable = tf.Variable(tf.zeros(64))
+    plain = getattr(tf.keras.optimizers, kind)(**options)
+    optimizer = sparse.DistributedOptimizer(plain, TopK(density), dense=Never())
+
+    @tf.function
+    def step():
+        optimizer.apply_gradients([(tf.ones(64), variable)])
+
+    for _ in range(3):
+        step()
+    told = [str(w.message) for w in recwarn if w.category is QualityWarning]
+    bad = momentum and LOW_DENSITIES[density] and RANK == 0
+    assert told == [sparse.advise(optimizer, TopK(density))] * bad
+    optimizer.close()
+
+
+@pytest.mark.filterwarnings("always::hvd_sparse.QualityWarning")
+def test_momentum_is_warned_of_once_in_a_fit_whose_graph_is_traced_again(recwarn):
+    model = perceptron()
+    optimizer = sparse.DistributedOptimizer(optimizer_of("Adam"), TopK(0.01))
+    model.compile(optimizer, "mse", jit_compile=False)
+    x, y = data()
+    for n, size in ((48, 8), (20, 10)):
+        model.fit(x[:n], y[:n], batch_size=size, verbose=0)
+    told = [w for w in recwarn if w.category is QualityWarning]
+    assert len(told) == (RANK == 0)
+    optimizer.close()

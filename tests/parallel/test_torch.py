@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from doors import SPARSIFIERS
+from doors import LOW_DENSITIES, SPARSIFIERS, TORCH_OPTIMIZERS
 from laws import same_bits
 from mpi4py import MPI
 from torch import nn
@@ -15,6 +15,7 @@ import hvd_sparse.torch as sparse
 from hvd_sparse import (
     ExchangeError,
     Never,
+    QualityWarning,
     RandomK,
     Sum,
     TopK,
@@ -786,3 +787,19 @@ def test_a_rule_given_as_a_class_is_refused():
     model = perceptron()
     with pytest.raises(TypeError, match=r"dense must be WhenCheaper\(\) or Never\(\)"):
         distribute(sgd(model), model, dense=Never)
+
+
+@pytest.mark.filterwarnings("always::hvd_sparse.QualityWarning")
+@pytest.mark.parametrize("density", LOW_DENSITIES)
+@pytest.mark.parametrize(("kind", "options", "momentum"), TORCH_OPTIMIZERS)
+def test_momentum_is_warned_of_once_by_the_first_rank(
+    kind, options, momentum, density, recwarn
+):
+    model = perceptron()
+    plain = getattr(torch.optim, kind)(model.parameters(), **options)
+    optimizer = distribute(plain, model, TopK(density))
+    train(model, optimizer, range(3))
+    told = [str(w.message) for w in recwarn if w.category is QualityWarning]
+    bad = momentum and LOW_DENSITIES[density] and RANK == 0
+    assert told == [sparse.advise(optimizer, TopK(density))] * bad
+    optimizer.close()
