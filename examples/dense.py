@@ -39,8 +39,9 @@ def distribute(
         means = flat.split([gradient.numel() for gradient in gradients])
         for gradient, mean in zip(gradients, means, strict=True):
             gradient.copy_(mean.view_as(gradient))
-        counters.sent_bytes += flat.nbytes
-        counters.received_bytes += flat.nbytes
+        if comm.size > 1:
+            counters.sent_bytes += flat.nbytes
+            counters.received_bytes += flat.nbytes
         counters.dense_bytes += flat.nbytes
         optimizer.traffic.steps += 1
 

@@ -15,10 +15,10 @@ from torch_language_model import (
     CONTEXT,
     Settings,
     Transformer,
+    adam,
     evaluate,
     loss_of,
     read_text,
-    sgd,
 )
 
 import hvd_sparse.torch as sparse  # hvd_sparse: the door for PyTorch
@@ -45,7 +45,7 @@ def train(text: torch.Tensor, density: float | None, settings: Settings) -> Outc
         )
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     optimizer = hvd.DistributedOptimizer(
-        sgd(model.parameters(), settings),
+        adam(model.parameters(), settings),
         named_parameters=model.named_parameters(),
         compression=compression,  # hvd_sparse: hand it to Horovod
     )

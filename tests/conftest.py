@@ -4,13 +4,17 @@ A fixture is one table of `laws`, so that a new row is tested at once.
 """
 
 import os
+import warnings
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any
 from zlib import crc32
 
 import pytest
 from hypothesis import HealthCheck, is_hypothesis_test, seed, settings
 from laws import DTYPES, EVERY, KERNELS, SPARSIFIERS, WITH_RESIDUAL
+
+from hvd_sparse import QualityWarning
 
 # a law runs so many times for every row of three tables
 EXAMPLES = {"--quick": 2, "": 5, "--thorough": 20}
@@ -55,6 +59,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         seed(crc32(item.nodeid.encode()))(function)
 
 
+@pytest.hookimpl(trylast=True)  # of what -k and -m have left
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
@@ -87,6 +92,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 KERNELS_ARE_LOOKED_UP_IN = ("adaptive", "memory", "path", "sparsifiers", "stochastic")
+
+
+@pytest.fixture
+def advised() -> Iterator[Callable[[], list[str]]]:
+    """What was said of quality since the test began; also what was said again."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", QualityWarning)
+        yield lambda: [str(w.message) for w in told if w.category is QualityWarning]
 
 
 @pytest.fixture(params=DTYPES.values(), ids=DTYPES.keys())

@@ -44,6 +44,14 @@ class Own(optim.Optimizer):
         super().__init__(weights, {"momentum": 0.9, "betas": (0.9, 0.999)})
 
 
+class OwnAdam(optim.Adam):
+    """A subclass that keeps something else where Adam has its betas."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__(weights)
+        self.param_groups[0]["betas"] = (0.9, 0.99, 0.999)
+
+
 # what is found, and what it should be
 TORCH = {
     "SGD": (lambda w: optim.SGD(w, momentum=0.9), "momentum=0.9", "momentum=0"),
@@ -58,6 +66,16 @@ TORCH = {
         name: (getattr(optim, name), "betas=(0.9, 0.999)", "betas=(0, 0.999)")
         for name in ("Adam", "AdamW", "NAdam", "Adamax")
     },
+    "a list in one group": (
+        lambda w: optim.Adam(
+            [
+                {"params": w},
+                {"params": [torch.nn.Parameter(torch.zeros(2))], "betas": [0.95, 0.99]},
+            ]
+        ),
+        "betas=(0.95, 0.99)",
+        "betas=(0, 0.99)",
+    ),
     "a tensor": (
         lambda w: optim.Adam(w, betas=(torch.tensor(0.5), torch.tensor(0.9))),
         "betas=(0.5, 0.9)",
@@ -81,6 +99,7 @@ GOOD_TORCH = {
     "Adamax": lambda w: optim.Adamax(w, betas=(0.0, 0.999)),
     "Adagrad": optim.Adagrad,
     "nobody measured": Own,
+    "a subclass of its own kind": OwnAdam,
 }
 GOOD_KERAS = {
     "SGD": lambda k: k.SGD(),
@@ -124,7 +143,7 @@ def assert_advised(optimizer: Any, found: str, better: str) -> None:
         assert text is not None
         assert f"({found}) with {sparsifier!r}" in text
         assert f"Set {better}: " in text
-        assert re.search(r"\d %", text)  # what was measured
+        assert re.search(r": .*\d %.*\(benchmarks/fidelity.py\)$", text)
     for sparsifier in VERY_LATE:
         text = found_by(optimizer, sparsifier)
         assert text is not None
@@ -166,6 +185,12 @@ def test_nothing_is_said_of_other_optimizers_of_keras(row: Any) -> None:
     optimizer = make(kind)
     for sparsifier in LATE + VERY_LATE + NOT_LATE:
         assert sparse_tf.advise(optimizer, sparsifier) is None
+
+
+@pytest.mark.parametrize("name", ["SGD", "RMSprop"])
+def test_nothing_is_said_of_a_hyperparameter_that_is_a_function(name: str) -> None:
+    optimizer = getattr(legacy, name)(momentum=lambda: 0.9)
+    assert sparse_tf.advise(optimizer, TopK(0.01)) is None
 
 
 def test_each_optimizer_is_warned_of_once_by_the_first_rank() -> None:

@@ -14,10 +14,9 @@ from hvd_sparse.warm_up import warm_up
 
 # all of this package that one small kernel needs; what it compiles takes seconds
 PROGRAM = """
-import sys
 import numpy as np
 from hvd_sparse.kernels import host
-residual = np.zeros(64, np.dtype(sys.argv[1]))
+residual = np.zeros(64, np.float32)
 host.add_at(residual, np.array([3], np.int32), np.ones(1, residual.dtype))
 host.accumulate(residual, np.ones_like(residual))
 stats = host._compact.stats
@@ -33,14 +32,14 @@ def copied(tmp_path: Path) -> Path:
     return Path(shutil.copytree(package, tmp_path / package.name, ignore=ignored))
 
 
-def run(package: Path, dtype: str = "float32") -> list[str]:
+def run(package: Path, program: str = PROGRAM, **variables: str) -> list[str]:
     """An accumulated one, and how often machine code was missing and found."""
     elsewhere = {"NUMBA_CACHE_DIR", "PYTHONPATH"}
     environment = {n: v for n, v in os.environ.items() if n not in elsewhere}
     ended = subprocess.run(
-        [sys.executable, "-c", PROGRAM, dtype],
+        [sys.executable, "-c", program],
         cwd=package.parent,  # found before the package that is installed
-        env={**environment, "PYTHONPATH": str(package.parent)},
+        env={**environment, "PYTHONPATH": str(package.parent), **variables},
         capture_output=True,
         text=True,
         timeout=200,  # a slow machine compiles
@@ -94,18 +93,42 @@ def test_two_processes_that_compile_at_once_keep_their_own_code(
 def test_damaged_machine_code_is_compiled_again(tmp_path: Path) -> None:
     files = _Files(tmp_path, "loop-1.py311", "digest")
     files.save("float32", "whole")
+    assert files.load("float32") == "whole"
     (file,) = tmp_path.iterdir()
     for content in (b"", file.read_bytes()[:-3]):
         file.write_bytes(content)
         assert files.load("float32") is None
 
 
+GONE = """
+import shutil
+from pathlib import Path
+from hvd_sparse.kernels import compiled
+folder = Path(compiled.__file__).parent / "__pycache__"
+shutil.rmtree(folder)
+folder.touch()  # no folder any more, even for root
+"""
+
+
+@pytest.mark.jobs
 def test_a_folder_that_can_not_be_written_any_more_costs_time_alone(
-    tmp_path: Path,
+    copied: Path,
 ) -> None:
-    folder = tmp_path / "gone"
-    _Files(folder, "loop-1.py311", "digest").save("float32", "nowhere")
-    assert not folder.exists()
+    loaded = PROGRAM.replace("residual =", f"{GONE}\nresidual =", 1)
+    assert run(copied, program=loaded) == ["1.0", "1", "0"]
+    assert (copied / "kernels" / "__pycache__").is_file()
+
+
+@pytest.mark.jobs
+def test_what_was_warmed_up_beside_the_sources_serves_who_may_not_write_there(
+    copied: Path, tmp_path: Path
+) -> None:
+    run(copied)
+    files = compiled_in(copied)
+    elsewhere = tmp_path / "elsewhere"
+    assert run(copied, NUMBA_CACHE_DIR=str(elsewhere)) == ["1.0", "0", "1"]
+    assert compiled_in(copied) == files
+    assert not [*elsewhere.rglob("*.nbc")]
 
 
 EVERYTHING = """

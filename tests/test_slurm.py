@@ -143,8 +143,8 @@ class Slurm:
         # not sbatch --wait, which looks every ten seconds
         job = ("scontrol", "--oneliner", "show", "job", submitted.strip())
         until(lambda: ENDED.search(self.ask(*job)) is not None, JOB_S, "the job's end")
-        (code,) = re.findall(r"\bExitCode=(\d+):", self.ask(*job))
-        return int(code), output.read_text()
+        ((code, signal),) = re.findall(r"\bExitCode=(\d+):(\d+)", self.ask(*job))
+        return int(code) or int(signal), output.read_text()
 
     def stop(self) -> None:
         self.ask("scancel", "--user", getpass.getuser(), "--signal=KILL", "--full")

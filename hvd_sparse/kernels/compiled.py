@@ -17,8 +17,11 @@ from typing import Any
 from uuid import uuid4
 
 import numba
+import numpy
 from numba.core.caching import FunctionCache
 from numba.core.serialize import dumps
+
+_INSTALLED = Path(__file__).parent / "__pycache__"
 
 
 @cache
@@ -35,39 +38,49 @@ class _Files:
     """The compiled signatures of one function, a file each; the part Numba calls."""
 
     def __init__(self, folder: Path, function: str, sources: str) -> None:
+        """Args: folder: to write. function: a file name. sources: their digest."""
         self._folder = folder
         self._function = function
         self._sources = sources
 
-    def _file(self, key: Any) -> Path:
-        """For this signature, processor and bytecode, in this release of Numba."""
-        digest = blake2b(repr((numba.__version__, key)).encode(), digest_size=12)
-        name = f"{self._function}.{self._sources}.{digest.hexdigest()}.nbc"
-        return self._folder / name
+    def _name(self, key: Any) -> str:
+        """For this signature, processor and bytecode, and what compiled it."""
+        about = (numba.__version__, numpy.__version__, key)
+        digest = blake2b(repr(about).encode(), digest_size=12)
+        return f"{self._function}.{self._sources}.{digest.hexdigest()}.nbc"
 
     def load(self, key: Any) -> Any:
-        """What was saved under this key, or None: then Numba compiles."""
-        try:
-            return pickle.loads(self._file(key).read_bytes())
-        except (OSError, EOFError, pickle.UnpicklingError):  # none, or damaged
-            return None
+        """What was saved under this key, or None: then Numba compiles.
+
+        By this user, or beside the sources by who installed them and warmed them up.
+        """
+        for folder in (self._folder, _INSTALLED):
+            try:
+                return pickle.loads((folder / self._name(key)).read_bytes())
+            except (OSError, EOFError, pickle.UnpicklingError):  # none, or damaged
+                continue
+        return None
 
     def save(self, key: Any, data: Any) -> None:
-        """Other processes see all of it or nothing; a full disk costs time alone."""
-        file = self._file(key)
-        unfinished = file.with_suffix(f".{uuid4().hex}")
+        """Other processes see all of it or nothing.
+
+        Raises:
+            OSError: the disk is full, or may not be written any more.
+        """
+        self._forget_other_sources()
+        unfinished = self._folder / f"{uuid4().hex}.unfinished"
         try:
-            self._forget_other_sources()
             unfinished.write_bytes(dumps(data))
-            unfinished.replace(file)
-        except OSError:
+            unfinished.replace(self._folder / self._name(key))
+        finally:
             unfinished.unlink(missing_ok=True)
 
     def _forget_other_sources(self) -> None:
         """What was compiled before an edit would pile up; whoever needs it compiles."""
         for file in self._folder.glob("*.nb[ci]"):
             if f".{self._sources}." not in file.name:
-                file.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # gone, or another user's
+                    file.unlink()
 
 
 class _KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
@@ -75,10 +88,16 @@ class _KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
-        sources = _sources_digest(Path(__file__).parent)
         self._cache_file = _Files(
-            Path(self._cache_path), self._impl.filename_base, sources
+            Path(self._cache_path),
+            self._impl.filename_base,
+            _sources_digest(Path(__file__).parent),
         )
+
+    def save_overload(self, signature: Any, data: Any) -> None:
+        """What can not be kept costs time in the next process, and no step in this."""
+        with contextlib.suppress(OSError):
+            super().save_overload(signature, data)
 
 
 def jit(function: Any) -> Any:

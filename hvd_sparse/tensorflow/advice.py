@@ -48,14 +48,17 @@ def _momentum(optimizer: Any) -> Momentum | None:
 
 
 def _number(optimizer: Any, name: str) -> float:
-    """A hyperparameter; 0 in a session of TensorFlow 1, which can not be asked.
+    """A hyperparameter; 0, of which nothing is said, where it can not be known.
 
+    That is in a session of TensorFlow 1, and where it is a function or a tensor.
     Legacy optimizers make variables of theirs when one is read, in whatever graph that
     is: it is looked up where they keep it.
     """
     kept = vars(optimizer).get("_hyper", {})
     value = kept[name] if name in kept else getattr(optimizer, name)
-    if not isinstance(value, tf.Variable):
+    if isinstance(value, float | int):
         return float(value)
+    if not isinstance(value, tf.Variable):
+        return 0.0
     with tf.init_scope():  # out of the graph that is traced
         return float(value.numpy()) if tf.executing_eagerly() else 0.0

@@ -52,7 +52,11 @@ class Gradients:
 
     def advise(self, optimizer: Any) -> None:
         """Before its first step, say what spoils the quality, if anything does."""
-        self._adviser.step(optimizer, self.reduce.rank, stacklevel=3)
+        try:
+            self._adviser.step(optimizer, self.reduce.rank, stacklevel=3)
+        except Exception as error:  # the user makes errors of warnings
+            self.reduce.report(error)
+            raise
 
     @_do_not_convert  # type: ignore[untyped-decorator]
     def exchange(self, gradients: Sequence[Tensor]) -> list[Tensor]:

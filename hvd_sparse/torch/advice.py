@@ -36,14 +36,19 @@ def advise(optimizer: torch.optim.Optimizer, sparsifier: Sparsifier) -> str | No
         >>> advise(adam, TopK(density=0.01)) is None
         True
     """
-    return advice(_momentum(optimizer), sparsifier)
+    try:
+        momentum = _momentum(optimizer)
+    except (KeyError, IndexError, TypeError, ValueError):
+        momentum = None  # somebody's subclass, which keeps other things there
+    return advice(momentum, sparsifier)
 
 
 def _momentum(optimizer: Any) -> Momentum | None:
     kind = type(optimizer).__name__
     groups = optimizer.param_groups
     if isinstance(optimizer, _BETAS):
-        beta1, beta2 = map(float, max(g["betas"] for g in groups))
+        group = max(groups, key=lambda group: float(group["betas"][0]))
+        beta1, beta2 = map(float, group["betas"])
         if beta1 > 0:
             found, better = f"betas=({beta1:g}, {beta2:g})", f"betas=(0, {beta2:g})"
             return Momentum(kind, found, better, ADAM)

@@ -10,7 +10,6 @@ from doors import KERAS_OPTIMIZERS, LOW_DENSITIES, SPARSIFIERS
 
 from hvd_sparse import (
     Never,
-    QualityWarning,
     RandomK,
     Sum,
     TopK,
@@ -95,6 +94,8 @@ def same(one, other) -> bool:
 
 # ------------------------------------------------------------------ Keras optimizers
 
+EVERYWHERE = [pytest.mark.ranks, pytest.mark.transport]
+
 # every optimizer, and every option with one of Keras's own and one of the legacy ones
 ONE, OTHER = ("SGD", "legacyAdam"), ("Adam", "legacySGD")
 OPTIONS = {
@@ -110,10 +111,8 @@ OPTIONS = {
 
 @pytest.mark.parametrize(
     ("option", "kind"),
-    [  # on other numbers of ranks each option, whatever the optimizer
-        pytest.param(
-            option, kind, marks=[pytest.mark.ranks] if kind == kinds[0] else []
-        )
+    [  # with more ranks, and over MPI, each option with one of its optimizers
+        pytest.param(option, kind, marks=EVERYWHERE if kind == kinds[0] else [])
         for option, (_, kinds) in OPTIONS.items()
         for kind in kinds
     ],
@@ -380,11 +379,10 @@ def test_a_measured_cost_is_the_same_on_every_rank():
     assert found.cost.per_byte + found.cost.per_message > 0
 
 
-@pytest.mark.filterwarnings("always::hvd_sparse.QualityWarning")
 @pytest.mark.parametrize("density", LOW_DENSITIES)
 @pytest.mark.parametrize(("kind", "options", "momentum"), KERAS_OPTIMIZERS)
 def test_momentum_is_warned_of_once_by_the_first_rank(
-    kind, options, momentum, density, recwarn
+    kind, options, momentum, density, advised
 ):
     variable = tf.Variable(tf.zeros(64))
     optimizer = hvd_keras.DistributedOptimizer(
@@ -393,14 +391,11 @@ def test_momentum_is_warned_of_once_by_the_first_rank(
     )
     for _ in range(3):
         optimizer.minimize(lambda: tf.reduce_sum(variable * 2), [variable])
-    told = [str(w.message) for w in recwarn if w.category is QualityWarning]
     bad = momentum and LOW_DENSITIES[density] and hvd.rank() == 0
-    assert told == [advise(optimizer, TopK(density))] * bad
+    assert advised() == [advise(optimizer, TopK(density))] * bad
 
 
-@pytest.mark.filterwarnings("always::hvd_sparse.QualityWarning")
 @pytest.mark.parametrize("kind", ["Adam", "legacyAdam"])
-def test_momentum_is_warned_of_once_in_a_fit_whose_graph_is_traced_again(kind, recwarn):
+def test_momentum_is_warned_of_once_in_a_fit_whose_graph_is_traced_again(kind, advised):
     fit(compressor(TopK(0.01)), kind)
-    told = [w for w in recwarn if w.category is QualityWarning]
-    assert len(told) == (hvd.rank() == 0)
+    assert len(advised()) == (hvd.rank() == 0)
