@@ -83,11 +83,11 @@ def adam(beta1: float, parameters, settings: language.Settings) -> torch.optim.A
 # name, family, optimizer, learning rate, limits against dense with the same optimizer.
 # Then the grid of learning rates, and what dense makes of each (2 ranks, seed 0).
 OPTIMIZERS = (
+    ("Adam (0, 0.999)", "Adam", partial(adam, 0.0), 0.004, {"1 % signs": 0.02}),
+    ("Adam (0.9, 0.999)", "Adam", partial(adam, 0.9), 0.004, {}),
     ("SGD", "SGD", partial(sgd, 0.0), 0.7, {}),
     ("SGD 0.5", "SGD", partial(sgd, 0.5), 0.5, {"1 %": 0.02, "0.1 %": 0.08}),
     ("SGD 0.9", "SGD", partial(sgd, 0.9), 0.25, {}),
-    ("Adam (0.9, 0.999)", "Adam", partial(adam, 0.9), 0.004, {}),
-    ("Adam (0, 0.999)", "Adam", partial(adam, 0.0), 0.004, {"1 % signs": 0.02}),
 )
 GRIDS = {
     "SGD": (0.5, 0.7, 1.0),
