@@ -111,7 +111,7 @@ def evaluate(model: nn.Module, text: torch.Tensor, comm: MPI.Comm) -> float:
 def adam(parameters: Iterable[nn.Parameter], settings: Settings) -> torch.optim.Adam:
     """Without momentum of its own: what is sent late is momentum already."""
     # hvd_sparse: beta1 = 0; sparse.advise says why
-    return torch.optim.Adam(parameters, lr=settings.lr, betas=(0, 0.999))
+    return torch.optim.Adam(parameters, lr=settings.lr, betas=(0.0, 0.999))
 
 
 def train(

@@ -63,7 +63,7 @@ TORCH = {
     "groups": (mixed_groups, "momentum=0.9", "momentum=0"),
     "RMSprop": (lambda w: optim.RMSprop(w, momentum=0.3), "momentum=0.3", "momentum=0"),
     **{
-        name: (getattr(optim, name), "betas=(0.9, 0.999)", "betas=(0, 0.999)")
+        name: (getattr(optim, name), "betas=(0.9, 0.999)", "betas=(0.0, 0.999)")
         for name in ("Adam", "AdamW", "NAdam", "Adamax")
     },
     "a list in one group": (
@@ -74,12 +74,12 @@ TORCH = {
             ]
         ),
         "betas=(0.95, 0.99)",
-        "betas=(0, 0.99)",
+        "betas=(0.0, 0.99)",
     ),
     "a tensor": (
         lambda w: optim.Adam(w, betas=(torch.tensor(0.5), torch.tensor(0.9))),
         "betas=(0.5, 0.9)",
-        "betas=(0, 0.9)",
+        "betas=(0.0, 0.9)",
     ),
 }
 KERAS = {
@@ -167,6 +167,20 @@ def test_momentum_in_keras_is_advised_against(row: Any) -> None:
     assert_advised(
         tf.keras.mixed_precision.LossScaleOptimizer(make(kind)), found, better
     )
+
+
+@pytest.mark.parametrize("row", TORCH.values(), ids=TORCH.keys())
+def test_what_is_advised_for_pytorch_can_be_written_and_helps(row: Any) -> None:
+    make, _, better = row
+    cured = type(make(weights()))(weights(), **eval(f"dict({better})"))
+    assert sparse.advise(cured, TopK(0.01)) is None
+
+
+@pytest.mark.parametrize("row", keras_of(KERAS))
+def test_what_is_advised_for_keras_can_be_written_and_helps(row: Any) -> None:
+    kind, (make, _, better) = row
+    cured = type(make(kind))(**eval(f"dict({better})"))
+    assert sparse_tf.advise(cured, TopK(0.01)) is None
 
 
 def test_adamw_of_keras_is_advised_against() -> None:

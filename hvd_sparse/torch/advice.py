@@ -31,9 +31,10 @@ def advise(optimizer: torch.optim.Optimizer, sparsifier: Sparsifier) -> str | No
         is known to spoil the quality.
 
     Example:
+        >>> import hvd_sparse
         >>> weights = [torch.nn.Parameter(torch.zeros(2))]
-        >>> adam = torch.optim.Adam(weights, betas=(0, 0.999))
-        >>> advise(adam, TopK(density=0.01)) is None
+        >>> adam = torch.optim.Adam(weights, betas=(0.0, 0.999))
+        >>> advise(adam, hvd_sparse.TopK(density=0.01)) is None
         True
     """
     try:
@@ -50,7 +51,7 @@ def _momentum(optimizer: Any) -> Momentum | None:
         group = max(groups, key=lambda group: float(group["betas"][0]))
         beta1, beta2 = map(float, group["betas"])
         if beta1 > 0:
-            found, better = f"betas=({beta1:g}, {beta2:g})", f"betas=(0, {beta2:g})"
+            found, better = f"betas=({beta1:g}, {beta2:g})", f"betas=(0.0, {beta2:g})"
             return Momentum(kind, found, better, ADAM)
     elif isinstance(optimizer, _MOMENTUM):
         group = max(groups, key=lambda group: float(group["momentum"]))
