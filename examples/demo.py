@@ -23,6 +23,7 @@ from pathlib import Path
 import torch_digits as digits
 import torch_language_model as language
 from mpi4py import MPI
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -108,6 +109,7 @@ class Task:
         quality: what the outcome's quality is called.
         show: formats a quality.
         gap: formats what is between a quality and that of dense.
+        unit: of that, where it is not in its text.
         settings: the dense settings, which hold for every column.
     """
 
@@ -119,6 +121,7 @@ class Task:
     show: Callable[[float], str]
     gap: Callable[[float, float], str]
     settings: str
+    unit: str = ""
 
 
 def share(comm: MPI.Comm, method: Method, seed: int) -> tuple[MPI.Comm, int]:
@@ -159,7 +162,7 @@ def language_task(comm: MPI.Comm, data_dir: Path | None, speedup: int) -> Task:
         title=f"language model on {data_dir or 'the source of Python'}",
         steps=settings.steps,
         train=train,
-        quality="validation loss (nats per byte)",
+        quality="loss, nats per byte",
         show=lambda loss: f"{loss:.4f}",
         gap=lambda loss, dense: f"{loss / dense - 1:+.1%}",
         settings=settings_text("Adam, betas (0, 0.999)", settings, comm)
@@ -194,7 +197,8 @@ def digits_task(comm: MPI.Comm, speedup: int) -> Task:
         train=train,
         quality=f"accuracy ({len(SEEDS)} seeds)",
         show=lambda accuracy: f"{accuracy:.2%}",
-        gap=lambda accuracy, dense: f"{100 * (accuracy - dense):+.2f} points",
+        gap=lambda accuracy, dense: f"{100 * (accuracy - dense):+.2f}",
+        unit=", points",
         settings=settings_text("SGD", settings, comm) + " images",
     )
 
@@ -278,6 +282,7 @@ def table_of(task: Task, columns: list[str], outcomes: list[Outcome]) -> Table:
         title_justify="left",
         caption=task.settings,
         caption_justify="left",
+        box=SIMPLE_HEAD,  # narrow: five columns fit into 80
     )
     table.add_column("", no_wrap=True)
     for column in columns:
@@ -285,11 +290,11 @@ def table_of(task: Task, columns: list[str], outcomes: list[Outcome]) -> Table:
     dense = outcomes[0].quality
     rows: dict[str, Callable[[Outcome], str]] = {
         task.quality: lambda o: task.show(o.quality),
-        "    against dense": lambda o: task.gap(o.quality, dense),
-        "bytes sent per step": lambda o: per_step(o.traffic.sent_bytes, o),
-        "bytes received per step": lambda o: per_step(o.traffic.received_bytes, o),
+        f"  against dense{task.unit}": lambda o: task.gap(o.quality, dense),
+        "bytes sent a step": lambda o: per_step(o.traffic.sent_bytes, o),
+        "bytes received a step": lambda o: per_step(o.traffic.received_bytes, o),
         "compression ratio": ratio,
-        "seconds per step": lambda o: f"{o.seconds_per_step:.4f}",
+        "seconds a step": lambda o: f"{o.seconds_per_step:.4f}",
     }
     for name, cell in rows.items():
         table.add_row(name, *(cell(outcome) for outcome in outcomes))
