@@ -83,6 +83,11 @@ class MpiExchange:
         comm = mpi.COMM_WORLD if comm is None else comm
         if not isinstance(comm, mpi.Comm) or comm == mpi.COMM_NULL:
             raise TypeError(f"comm must be an mpi4py communicator, got {comm!r}")
+        if comm.Is_inter():
+            raise TypeError(
+                "comm must be an intracommunicator, got an intercommunicator: "
+                "comm.Merge() makes one of it"
+            )
         self.timeout_s = timeout_s
         self._comm = self._duplicate(comm)
         self.rank: int = self._comm.Get_rank()

@@ -1,5 +1,6 @@
 """The door for numpy arrays over plain MPI."""
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from hvd_sparse.core.contracts import Average, Sparsifier
 from hvd_sparse.core.costs import Measurement
 from hvd_sparse.core.path import Flight, GradientPath
 from hvd_sparse.core.routing import Dense, WhenCheaper
+from hvd_sparse.core.sharing import repeats, sharing
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.exchange import MpiExchange
 
@@ -44,6 +46,9 @@ class Blob(NamedTuple):
 
 class SparseAllreduce:
     """Mean or sum over MPI ranks of numpy arrays, sending only what is worth it.
+
+    One thread at a time: a second one gets a RuntimeError at once. Give each a
+    SparseAllreduce of its own, made in the same order on every rank.
 
     Example:
         >>> import numpy as np, hvd_sparse, hvd_sparse.mpi
@@ -86,6 +91,7 @@ class SparseAllreduce:
         self._blobs: dict[str, Blob] = {}
         self._handles: dict[str, int] = {}
         self._under_way = False
+        self._used = threading.RLock()  # held by the thread that uses it
         self.gathered: dict[str, list[Array]] = {}
 
     @property
@@ -121,22 +127,26 @@ class SparseAllreduce:
         Args:
             gradients: per name, any shape, floating; the same names, shapes and dtypes
                 on every rank and in every step. Read only.
-            out: per name, where to write the result; new arrays unless given. Memory
-                that exists is faster: a fresh 100 MB array costs more in page faults
-                than the exchange. May be the gradients themselves, which saves a pass
-                over them; after an error they are 0 then: all is in the residual.
+            out: per name of gradients, where to write the result; new arrays unless
+                given. Memory that exists is faster: a fresh 100 MB array costs more in
+                page faults than the exchange. May be the gradients themselves, which
+                saves a pass over them; after an error they are 0 then: all is in the
+                residual. May share memory with any gradient, but not with another out.
 
         Returns:
             Per name an array of the gradient's shape and dtype, the same bits on every
             rank; NaN throughout where any rank's gradient was not finite.
 
         Raises:
-            TypeError, ValueError: a gradient or out has the wrong dtype or shape here.
+            TypeError, ValueError: a gradient or out has the wrong kind, dtype or shape
+                here, a name is no str, or outs share memory.
+            RuntimeError: another thread uses this object.
             ExchangeError: a peer disagrees, raised, or did not arrive in time. What was
                 sent is back in the residual.
         """
-        self.start(gradients, out)
-        return self.finish()
+        with self._alone():
+            self.start(gradients, out)
+            return self.finish()
 
     # the two halves, for callers that have something to do in between
 
@@ -153,30 +163,49 @@ class SparseAllreduce:
             out: as in grouped_allreduce.
             blobs: per name, bytes to gather; `gathered` has them, until the next step.
         """
-        if self._under_way:
-            raise RuntimeError("finish() must come before the next start()")
-        try:
-            self._send(gradients, out)
-            self._send_blobs(blobs or {})
-        except Exception as error:
-            self._recall()
-            self._exchange.report(error)
-            raise
+        with self._alone():
+            if self._under_way:
+                raise RuntimeError("finish() must come before the next start()")
+            try:
+                self._send(gradients, out)
+                self._send_blobs(blobs or {})
+            except Exception as error:
+                self._recall()
+                self._exchange.report(error)
+                raise
+            self._open()
+
+    def _open(self) -> None:
         self._under_way = True
         rows = [_row(flight) for flight in self._flights]
         rows += [(n, b.shape, b.dtype, 0, b.route, 0) for n, b in self._blobs.items()]
         with self._nothing_lost():
             self._exchange.open(rows, self._path.configuration)
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Two threads would mix up their steps, or tear down MPI."""
+        if not self._used.acquire(blocking=False):
+            raise RuntimeError(
+                "this SparseAllreduce is in use by another thread: give each thread "
+                "one of its own"
+            )
+        try:
+            yield
+        finally:
+            self._used.release()
+
     def _send(
         self, gradients: Mapping[str, Array], out: Mapping[str, Array] | None
     ) -> None:
         gradients = {n: _array(n, g) for n, g in gradients.items()}
-        for name, gradient in gradients.items():
-            _check_out(name, gradient, out)
+        given = out or {}
+        _check_outs(gradients, given)
+        shared = _names_in(sharing(gradients)) if given else frozenset()
         for name in sorted(gradients):
             gradient = gradients[name]
-            in_place = out is not None and out.get(name) is gradient
+            # it can give way at once, unless it is part of another one
+            in_place = given.get(name) is gradient and name not in shared
             flight = self._path.send(name, gradient, in_place=in_place)
             self._flights.append(flight)
         # made last: an array that can not be sent needs no room for its result
@@ -196,19 +225,24 @@ class SparseAllreduce:
         Raises:
             ExchangeError: they did not come to hear it in time.
         """
-        self._exchange.report(error)
+        with self._alone():
+            self._exchange.report(error)
 
     def progress(self) -> bool:
         """Advance the exchange without waiting; returns whether it is complete."""
-        with self._nothing_lost():
+        with self._alone(), self._nothing_lost():
             return self._exchange.advance()
 
     def finish(self) -> dict[str, Array]:
         """Wait, aggregate, and hand back."""
-        if not self._under_way:
-            raise RuntimeError("start() must come before finish()")
-        with self._nothing_lost():
-            self._exchange.close_step()
+        with self._alone():
+            if not self._under_way:
+                raise RuntimeError("start() must come before finish()")
+            with self._nothing_lost():
+                self._exchange.close_step()
+            return self._hand_back()
+
+    def _hand_back(self) -> dict[str, Array]:
         outs = dict(self._outs)
         with self._nothing_lost():
             for flight in self._flights:
@@ -268,26 +302,35 @@ class SparseAllreduce:
     def state_dict(self) -> dict[str, Any]:
         """Residuals and steps of this rank, as copies: see load_state_dict.
 
+        Between start and finish what is on its way is part of the residuals: loading
+        such a state is as if that exchange had failed. Nothing is lost.
+
         Returns:
             format, rank, size, configuration, step, and under "tensors", per name,
             shape, dtype, step and residual (None for a tensor that goes dense).
         """
-        return self._path.state_dict()
+        with self._alone():
+            return self._path.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue, bitwise, where state_dict was called. Each rank loads its own.
 
         Raises:
             ValueError: the state is of another rank, size, configuration or model.
+            RuntimeError: a step is under way, or another thread uses this object.
         """
-        self._path.load_state_dict(state)
-        self._exchange.step = state["step"]
+        with self._alone():
+            if self._under_way:
+                raise RuntimeError("finish() must come before load_state_dict()")
+            self._path.load_state_dict(state)
+            self._exchange.step = state["step"]
 
     # ---------------------------------------------------------------------- closing
 
     def close(self) -> None:
         """Free the private communicator; collective. Further use raises."""
-        self._exchange.free()
+        with self._alone():
+            self._exchange.free()
 
     def __enter__(self) -> "SparseAllreduce":
         """Close at the end of a with block, unless it ends by an exception."""
@@ -342,30 +385,65 @@ def _row(flight: Flight) -> Row:
     return tensor.name, tensor.shape, tensor.dtype, header.k, tensor.route, header.step
 
 
-def _array(name: str, gradient: Any) -> Any:
+def _array(name: Any, gradient: Any) -> Any:
     """An array as it is; a numpy scalar as a 0-d array."""
+    if not isinstance(name, str):
+        raise TypeError(f"names must be str, got {name!r}")
     if isinstance(gradient, np.generic):
         return np.asarray(gradient)
+    kind = type(gradient).__name__
     if not hasattr(gradient, "dtype"):
-        kind = type(gradient).__name__
         raise TypeError(f"{name}: gradient must be an array, got {kind}")
+    _refuse_odd_kinds(name, "gradient", gradient)
     return gradient
 
 
-def _check_out(name: str, gradient: Array, out: Mapping[str, Array] | None) -> None:
+def _refuse_odd_kinds(name: str, role: str, array: Any) -> None:
+    """Arrays that compute otherwise: a matrix is never flat, a mask hides elements."""
+    for kind, cure in (
+        (np.matrix, "np.asarray(it)"),
+        (np.ma.MaskedArray, "it.filled(0)"),
+    ):
+        if isinstance(array, kind):
+            raise TypeError(
+                f"{name}: {role} must be a plain array, got {kind.__name__}; give "
+                f"{cure}"
+            )
+
+
+def _check_outs(gradients: Mapping[str, Array], outs: Mapping[str, Array]) -> None:
     """What would fail when handing back must fail before anything is sent."""
-    if not out:
+    if not outs:
         return
-    if name not in out:
-        raise ValueError(f"{name}: out has no array of this name")
-    target = out[name]
-    if target.shape != gradient.shape or target.dtype != gradient.dtype:
+    for name, gradient in gradients.items():
+        if name not in outs:
+            raise ValueError(f"{name}: out has no array of this name")
+        _check_out(name, gradient, outs[name])
+    for name in outs:
+        if name not in gradients:
+            raise ValueError(f"{name}: out has it, but there is no such gradient")
+    for first, second in sharing(outs):
         raise ValueError(
-            f"{name}: out has shape {target.shape} and dtype {target.dtype}, expected "
-            f"{gradient.shape} and {gradient.dtype} as the gradient"
+            f"{second}: out shares memory with that of {first!r}, which can not hold "
+            "both results: give arrays of their own"
         )
-    if isinstance(target, np.ndarray) and not target.flags.writeable:
+
+
+def _check_out(name: str, gradient: Array, out: Array) -> None:
+    if out.shape != gradient.shape or out.dtype != gradient.dtype:
+        raise ValueError(
+            f"{name}: out has shape {tuple(out.shape)} and dtype {out.dtype}, expected "
+            f"{tuple(gradient.shape)} and {gradient.dtype} as the gradient"
+        )
+    _refuse_odd_kinds(name, "out", out)
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError(f"{name}: out is read-only")
+    if repeats(out):
+        raise ValueError(f"{name}: out has elements that share memory")
+
+
+def _names_in(pairs: list[tuple[str, str]]) -> frozenset[str]:
+    return frozenset(name for pair in pairs for name in pair)
 
 
 def _empty(name: str, gradient: Array) -> Array:

@@ -84,7 +84,14 @@ def test_a_bound_out_of_range_is_refused_by_name(options: Any, message: str) -> 
         CAT(TopK(), AFFINE, **options)
 
 
-@pytest.mark.parametrize("scheme", [TopK, RandomK(), None])
+class Own(TopK):
+    """Its own select, which CAT would not call."""
+
+    def select(self, *arguments: Any) -> Any:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("scheme", [TopK, RandomK(), None, Own()])
 def test_a_scheme_that_has_no_measure_is_refused(scheme: Any) -> None:
     with pytest.raises(TypeError, match="scheme must be TopK"):
         CAT(scheme, AFFINE)

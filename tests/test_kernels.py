@@ -243,6 +243,17 @@ def test_add_at_is_the_references(
     same_bits(changed, expected)
 
 
+@pytest.mark.parametrize("index", [-9, -1, 8, 2**31 - 1, -(2**31)])
+def test_add_at_refuses_an_index_from_the_wire_before_it_writes(
+    kernels: Kernels, index: int
+) -> None:
+    residual = kernels.array(np.ones(8, np.float32))
+    indices = np.array([0, index], np.int32)
+    with pytest.raises(IndexError, match=r"indices must be in \[0, 8\)"):
+        kernels.module.add_at(residual, indices, np.ones(2, np.float32))
+    same_bits(residual, np.ones(8, np.float32))
+
+
 @given(
     kind=flat_kinds(),
     counts=st.lists(st.floats(0, 1), min_size=1, max_size=4),

@@ -13,14 +13,17 @@ disagrees becomes a `PayloadError` before its data is used. For many small tenso
 once, `together` does the same with fewer words.
 """
 
-from dataclasses import dataclass, is_dataclass
+from contextlib import suppress
+from copy import copy
+from dataclasses import dataclass
 from hashlib import blake2b
 from inspect import signature
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from hvd_sparse.core.adaptive import CAT
+from hvd_sparse.core.adaptive import CAT, ExactCAT
+from hvd_sparse.core.configuration import describe
 from hvd_sparse.core.contracts import (
     Array,
     Average,
@@ -55,14 +58,24 @@ from hvd_sparse.core.stochastic import Stochastic
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.kernels import kernels_for
 from hvd_sparse.kernels.host import is_one_part
-from hvd_sparse.kernels.reference import check_indices
+from hvd_sparse.kernels.reference import check_indices, check_places
 
 STATE_FORMAT = 1
 ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _NOTHING = Selection(np.empty(0, np.int32), np.empty(0, np.float32), 0)
 MOST_ELEMENTS = 2**31 - 1
-# whose selections need no check: tests prove them
-OURS = (TopK, RandomK, Threshold, SignTopK, SignsUntilNorm, Stochastic, CAT)
+# whose selections need no check: tests prove them. What inherits from them may select
+# as it likes.
+OURS = (
+    TopK,
+    RandomK,
+    Threshold,
+    SignTopK,
+    SignsUntilNorm,
+    Stochastic,
+    CAT,
+    ExactCAT,
+)
 
 
 @dataclass
@@ -75,6 +88,7 @@ class Tensor:
         varies: the sparsifier chooses k from local data.
         clears: the sparsifier can leave zeros where the gradient was.
         dense: this tensor takes the library's own allreduce.
+        trusted: what is selected needs no check.
         plain: its payloads have a fixed size and all there is to know of its entries.
         grouped: it may be sent together with others (see `together`).
         payload: the last one's bytes; their memory serves the next.
@@ -93,6 +107,7 @@ class Tensor:
     varies: bool
     clears: bool
     dense: bool
+    trusted: bool
     plain: bool
     grouped: bool
     payload: Bytes | None = None
@@ -130,8 +145,7 @@ class Tensor:
             raise ValueError(
                 f"{self.name}: values must be {wanted}, got {values.dtype}"
             )
-        if isinstance(indices, np.ndarray):
-            check_indices(indices, self.header.n)
+        check_indices(_on_host(indices), self.header.n)
         if values.shape[0] != count:
             raise ValueError(
                 f"{self.name}: {count} indices were selected, but {values.shape[0]} "
@@ -185,7 +199,8 @@ class GradientPath:
             memory: what keeps the rest; ErrorFeedback() unless given.
 
         Raises:
-            TypeError: sparsifier has no select method, or dense is no rule.
+            TypeError: sparsifier has no select method, dense is no rule, or one of them
+                holds what ranks can not agree on.
             ValueError: op is neither Average nor Sum.
         """
         if isinstance(sparsifier, type) or not hasattr(sparsifier, "select"):
@@ -198,6 +213,9 @@ class GradientPath:
         if op not in (Op.Average, Op.Sum):
             raise ValueError(f"op must be Average or Sum, got {op!r}")
         self.sparsifier = sparsifier
+        # as it is now: what it counts while it selects is not part of it
+        self._chosen = describe(sparsifier, "sparsifier")
+        self._rule = describe(dense if dense is not None else WhenCheaper(), "dense")
         self.exchange = exchange
         self.op = Op(op)
         self.op_name = self.op.name  # a door that finds out later says so here
@@ -316,21 +334,22 @@ class GradientPath:
         payloads = self._decode(flight)
         if any(payload.nonfinite for payload in payloads):
             # nobody applies anything, so everybody keeps what they sent
-            self._restore(flight, payloads[self.exchange.rank])
+            self.recall(flight)
             out[...] = float("nan")
         else:
             self._aggregate(flight, payloads, out)
 
     def _check(self, tensor: Tensor, selection: Selection) -> None:
-        if isinstance(tensor.sparsifier, OURS):
+        if tensor.trusted:
             return
         try:
             tensor.check(selection)
         except ValueError:
             indices, values = selection.indices, selection.values
-            inside = bool((indices >= 0).all() and (indices < tensor.header.n).all())
-            if inside and indices.shape == values.shape:
-                self.memory.restore(tensor.name, indices, values)
+            if indices.shape == values.shape:
+                with suppress(IndexError):
+                    check_places(_on_host(indices), tensor.header.n)
+                    self.memory.restore(tensor.name, indices, values)
             raise
 
     def _restore(self, flight: Flight, own: Selection) -> None:
@@ -366,9 +385,14 @@ class GradientPath:
         if indices is None:
             return selection
         if header.step != tensor.header.step:
-            drawn: Any = tensor.sparsifier  # it has shared_indices
-            indices = drawn.indices(header.n, header.k, header.step)
+            indices = self._drawn(tensor, header)
         return selection._replace(indices=indices)
+
+    def _drawn(self, tensor: Tensor, header: Header) -> Array:
+        """The indices that no payload of this tensor carries."""
+        drawn: Any = tensor.sparsifier  # it has shared_indices
+        indices: Array = drawn.indices(header.n, header.k, header.step)
+        return indices
 
     def _aggregate(self, flight: Flight, payloads: list[Selection], out: Array) -> None:
         entries = [(payload.indices, payload.values) for payload in payloads]
@@ -422,6 +446,7 @@ class GradientPath:
         step, chosen = self._restore_loaded(name, gradient)
         sparsifier, layout, k, dense = self._plan(name, n, dtype)
         varies = getattr(sparsifier, "density", None) is None
+        trusted = type(sparsifier) in OURS
         wide = dtype in ("float32", "float64")
         plain = layout == INDEXED and wide and not (dense or varies)
         facts = (name, shape, dtype, k, layout, self.configuration)
@@ -437,8 +462,10 @@ class GradientPath:
             varies=varies,
             clears="out" in signature(sparsifier.select).parameters,
             dense=dense,
+            trusted=trusted,
             plain=plain,
             grouped=plain
+            and trusted
             and hasattr(sparsifier, "select_group")
             and isinstance(gradient, np.ndarray)
             and is_one_part(n),  # with more threads it gains more by itself
@@ -471,17 +498,22 @@ class GradientPath:
     @property
     def configuration(self) -> str:
         """What the user chose, as text: equal on every rank, or an error."""
-        sparsifier = self.sparsifier
-        chosen = (
-            repr(sparsifier) if is_dataclass(sparsifier) else type(sparsifier).__name__
-        )
-        return f"{chosen}, op={self.op_name}, dense={self.dense!r}"
+        return f"{self._chosen}, op={self.op_name}, dense={self._rule}"
+
+    @property
+    def _bare_configuration(self) -> str:
+        """As release 0.1.0 wrote it where the sparsifier is no dataclass."""
+        kind = type(self.sparsifier).__name__
+        return f"{kind}, op={self.op_name}, dense={self.dense!r}"
 
     # ------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a restart needs, as copies; it belongs to this rank."""
-        residuals = self.memory.residuals
+        """All that a restart needs, as copies; it belongs to this rank.
+
+        In the middle of a step, what is on its way is part of the residuals, as if its
+        exchange had failed: nothing is lost.
+        """
         return {
             "format": STATE_FORMAT,
             "rank": self.exchange.rank,
@@ -490,19 +522,27 @@ class GradientPath:
             "step": self.traffic.steps,
             "tensors": {
                 # loaded and not used since: still waiting, so still part of the state
-                **{name: _saved(**saved) for name, saved in self._loaded.items()},
                 **{
-                    name: _saved(
-                        tensor.shape,
-                        tensor.dtype,
-                        tensor.header.step,
-                        residuals.get(name),
-                        tensor.chosen,
-                    )
+                    name: {"chosen": 0, **saved, "residual": _copy(saved["residual"])}
+                    for name, saved in self._loaded.items()
+                },
+                **{
+                    name: _saved(tensor, self._kept(tensor))
                     for name, tensor in self.tensors.items()
                 },
             },
         }
+
+    def _kept(self, tensor: Tensor) -> Array | None:
+        """A copy of its residual, with what is on its way."""
+        residual = _copy(self.memory.residuals.get(tensor.name))
+        if tensor.in_flight and residual is not None:
+            assert tensor.payload is not None
+            sent = decode(tensor.payload, tensor.header, varies=True)
+            if tensor.header.layout == VALUES_ONLY:
+                sent = sent._replace(indices=self._drawn(tensor, tensor.header))
+            kernels_for(residual).add_at(residual, sent.indices, sent.values)
+        return residual
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where state_dict was called, bitwise.
@@ -512,15 +552,15 @@ class GradientPath:
                 tensor of it has another shape or dtype here (then, or at its first
                 use); the text has names, expected and found.
         """
-        for key, here in (
+        for key, *here in (
             ("format", STATE_FORMAT),
             ("size", self.exchange.size),
             ("rank", self.exchange.rank),
-            ("configuration", self.configuration),
+            ("configuration", self.configuration, self._bare_configuration),
         ):
-            if state.get(key) != here:
+            if state.get(key) not in here:
                 raise ValueError(
-                    f"state was saved with {key} {state.get(key)}, expected {here}"
+                    f"state was saved with {key} {state.get(key)}, expected {here[0]}"
                 )
         saved = state["tensors"]
         for name, tensor in self.tensors.items():
@@ -552,19 +592,13 @@ class GradientPath:
         return int(saved["step"]), int(saved.get("chosen", 0))
 
 
-def _saved(
-    shape: tuple[int, ...],
-    dtype: str,
-    step: int,
-    residual: Array | None,
-    chosen: int = 0,
-) -> dict[str, Any]:
+def _saved(tensor: Tensor, residual: Array | None) -> dict[str, Any]:
     return {
-        "shape": shape,
-        "dtype": dtype,
-        "step": step,
-        "residual": _copy(residual, shape),
-        "chosen": chosen,
+        "shape": tensor.shape,
+        "dtype": tensor.dtype,
+        "step": tensor.header.step,
+        "residual": None if residual is None else residual.reshape(tensor.shape),
+        "chosen": tensor.chosen,
     }
 
 
@@ -579,11 +613,11 @@ def _check_loaded(
         )
 
 
-def _copy(array: Array | None, shape: tuple[int, ...]) -> Array | None:
-    if array is None:
-        return None
-    copied = array.copy() if isinstance(array, np.ndarray) else array.clone()
-    return copied.reshape(shape)
+def _copy(array: Array | None) -> Array | None:
+    """In memory of its own; a state may hold arrays of any framework."""
+    if isinstance(array, np.ndarray) or array is None:
+        return copy(array)
+    return array.clone() if hasattr(array, "clone") else copy(array)
 
 
 def _copy_to(out: Array, source: Any) -> None:
@@ -608,6 +642,10 @@ def is_flat(gradient: Array) -> bool:
     if isinstance(gradient, np.ndarray):
         return gradient.flags.c_contiguous and gradient.flags.aligned
     return bool(gradient.is_contiguous())
+
+
+def _on_host(indices: Array) -> Array:
+    return indices if isinstance(indices, np.ndarray) else indices.cpu().numpy()
 
 
 def _dtype(array: Array) -> str:

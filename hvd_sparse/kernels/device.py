@@ -12,7 +12,7 @@ import torch
 
 from hvd_sparse.kernels import host
 from hvd_sparse.kernels.drawing import BINS, SHIFTS
-from hvd_sparse.kernels.reference import check_indices
+from hvd_sparse.kernels.reference import check_indices, check_places
 
 Tensor = torch.Tensor
 Selected = tuple[Tensor, Tensor, int]
@@ -166,7 +166,17 @@ def _signed(word: int) -> int:
 
 
 def add_at(residual: Tensor, indices: Tensor, values: Tensor) -> None:
-    """Overwrites residual[indices] with residual[indices] + values."""
+    """Overwrites residual[indices] with residual[indices] + values.
+
+    Raises:
+        IndexError: an index from the host is not in [0, n); nothing was written.
+    """
+    if not isinstance(indices, Tensor):  # looking at one on a device would wait for it
+        check_places(indices, residual.numel())
+    _add_at(residual, indices, values)
+
+
+def _add_at(residual: Tensor, indices: Any, values: Any) -> None:
     places = torch.as_tensor(indices, device=residual.device)
     residual[places] += torch.as_tensor(values, device=residual.device)
 
@@ -190,7 +200,7 @@ def aggregate(
     else:
         total = zeros_like(out)
     for indices, values in payloads:
-        add_at(total, indices, values)
+        _add_at(total, indices, values)
     out.copy_(total.mul_(torch.tensor(scale, dtype=total.dtype)))
 
 

@@ -38,6 +38,7 @@ from hvd_sparse.kernels.lanes import (
     pointer_to,
     prefetch,
 )
+from hvd_sparse.kernels.reference import check_places
 from hvd_sparse.kernels.room import reserve
 from hvd_sparse.kernels.threads import parts, run_parts
 
@@ -514,7 +515,12 @@ def select_at(
 
 
 def add_at(residual: Array, indices: Array, values: Array) -> None:
-    """Overwrites residual[indices] with residual[indices] + values."""
+    """Overwrites residual[indices] with residual[indices] + values.
+
+    Raises:
+        IndexError: an index is not in [0, n); nothing was written.
+    """
+    check_places(indices, residual.size)  # the loop would write anywhere
     _add_at(residual, _read(indices), _read(values))
 
 

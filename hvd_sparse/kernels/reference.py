@@ -139,7 +139,12 @@ def _uniform(n: int, seed: int) -> Array:
 
 
 def add_at(residual: Array, indices: Array, values: Array) -> None:
-    """Overwrites residual[indices] with residual[indices] + values."""
+    """Overwrites residual[indices] with residual[indices] + values.
+
+    Raises:
+        IndexError: an index is not in [0, n); nothing was written.
+    """
+    check_places(indices, residual.size)
     residual[indices] += values
 
 
@@ -158,6 +163,14 @@ def aggregate(
         total[indices] += values
     with np.errstate(over="ignore"):
         out[...] = total * total.dtype.type(scale)
+
+
+def check_places(indices: Array, n: int) -> None:
+    """Raise IndexError unless all are in [0, n), in whatever order."""
+    if indices.size and not 0 <= indices.min() <= indices.max() < n:
+        raise IndexError(
+            f"indices must be in [0, {n}), got {indices.min()} to {indices.max()}"
+        )
 
 
 def check_indices(indices: Array, n: int) -> None:

@@ -1,6 +1,8 @@
 """SparseAllreduce over real MPI; every test holds at any number of ranks."""
 
+import threading
 import time
+from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
@@ -159,6 +161,154 @@ def test_out_is_written_whole_and_may_be_the_gradient():
         reduce.allreduce("c", given.copy(), out=strided)
     np.testing.assert_array_equal(in_place, fresh)
     np.testing.assert_array_equal(strided, fresh)
+
+
+# ------------------------------------------------------------- memory that is shared
+
+
+FLAT = np.arange(40, dtype=np.float32) - 15
+SHARED = {
+    "one array, two names": lambda flat: {"a": flat, "b": flat},
+    "overlapping views": lambda flat: {"a": flat[:25], "b": flat[15:]},
+    "one inside another": lambda flat: {"a": flat, "b": flat[10:20], "c": flat[:3]},
+    "interleaved": lambda flat: {"a": flat[::2], "b": flat[1::2]},
+    "backwards": lambda flat: {"a": flat, "b": flat[::-1]},
+    "repeated": lambda flat: {"a": flat, "b": np.broadcast_to(flat[:1], (40,))},
+    "other dtype": lambda flat: {"a": flat, "b": flat.view(np.float16)[:8]},
+}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("dense", [Never(), WhenCheaper()], ids=repr)
+@pytest.mark.parametrize("make", SHARED.values(), ids=SHARED)
+def test_gradients_may_share_memory(make, dense):
+    with SparseAllreduce(TopK(1.0), comm=COMM, dense=dense, op=Sum) as reduce:
+        given = make((FLAT * (1 + RANK)).copy())
+        results = reduce.grouped_allreduce(given)
+        for name, gradient in make(FLAT.copy()).items():
+            if gradient.dtype == np.float32:
+                total = gradient * np.float32(sum(range(1, SIZE + 1)))
+                np.testing.assert_array_equal(results[name], total)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("make", SHARED.values(), ids=SHARED)
+def test_one_result_may_take_the_place_of_gradients_that_share_memory(make):
+    """Only one of them; the others are read before it is written."""
+    fresh = make((FLAT * (1 + RANK)).copy())
+    with SparseAllreduce(TopK(1.0), comm=COMM, dense=Never()) as reduce:
+        expected = reduce.grouped_allreduce(fresh)
+        for name in (n for n, g in fresh.items() if g.flags.writeable):
+            given = make((FLAT * (1 + RANK)).copy())
+            out = {n: np.empty_like(g) for n, g in given.items()}
+            out[name] = given[name]
+            results = reduce.grouped_allreduce(given, out)
+            for each, result in results.items():
+                np.testing.assert_array_equal(result, expected[each])
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("make", SHARED.values(), ids=SHARED)
+def test_results_that_share_memory_are_refused_before_anything_moves(make):
+    given = {n: g for n, g in make(FLAT.copy()).items() if g.flags.writeable}
+    meet = any(
+        np.shares_memory(a, b)
+        for n, a in given.items()
+        for m, b in given.items()
+        if n < m
+    )
+    before = {n: g.copy() for n, g in given.items()}
+    with SparseAllreduce(TopK(1.0), comm=COMM, dense=Never(), timeout_s=20) as reduce:
+        if not meet:
+            results = reduce.grouped_allreduce(given, given)
+            assert all(np.array_equal(results[n], before[n]) for n in given)
+            return
+        with pytest.raises(ValueError, match="out shares memory with that of"):
+            reduce.grouped_allreduce(given, given)
+        assert reduce.traffic.sent_bytes == 0
+        for name, gradient in given.items():
+            np.testing.assert_array_equal(gradient, before[name])
+
+
+@pytest.mark.ranks
+def test_a_result_with_elements_that_share_memory_is_refused():
+    out = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), (8,), (0,))
+    with (
+        SparseAllreduce(TopK(), comm=COMM, timeout_s=20) as reduce,
+        pytest.raises(ValueError, match="w: out has elements that share memory"),
+    ):
+        reduce.allreduce("w", np.ones(8, np.float32), out)
+
+
+# --------------------------------------------------------------------- surroundings
+
+
+@several
+@pytest.mark.ranks
+def test_an_intercommunicator_is_refused():
+    half = COMM.Split(RANK % 2)
+    other = half.Create_intercomm(0, COMM, 1 - RANK % 2)
+    with pytest.raises(TypeError, match="comm must be an intracommunicator, got an"):
+        SparseAllreduce(TopK(), comm=other)
+    other.Free()
+    half.Free()
+
+
+@pytest.mark.ranks
+def test_a_second_thread_is_refused_at_once():
+    inside, done = threading.Event(), threading.Event()
+
+    class Waiting(Every):
+        def select(self, residual, gradient, k, step):
+            inside.set()
+            done.wait(20)
+            return super().select(residual, gradient, k, step)
+
+    reduce = SparseAllreduce(Waiting(0), comm=COMM, dense=Never(), timeout_s=30)
+    gradient = np.ones(8, np.float32)
+    first = threading.Thread(target=reduce.allreduce, args=("w", gradient))
+    first.start()
+    assert inside.wait(20)
+    for call in (
+        lambda: reduce.allreduce("w", gradient),
+        lambda: reduce.start({"w": gradient}),
+        reduce.finish,
+        reduce.progress,
+        reduce.state_dict,
+        lambda: reduce.load_state_dict({}),
+        reduce.close,
+    ):
+        with pytest.raises(RuntimeError, match="in use by another thread"):
+            call()
+    done.set()
+    first.join()
+    np.testing.assert_array_equal(reduce.allreduce("w", gradient), [1, 0] * 4)
+    reduce.close()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("sparsifier", SPARSIFIERS, ids=repr)
+def test_a_state_of_the_middle_of_a_step_has_what_is_on_its_way(sparsifier):
+    with SparseAllreduce(sparsifier, comm=COMM, dense=Never()) as reduce:
+        reduce.grouped_allreduce(gradients(0))
+        before = reduce.state_dict()["tensors"]
+        given = gradients(1)
+        reduce.start(given)
+        state = reduce.state_dict()
+        with pytest.raises(RuntimeError, match="must come before load_state"):
+            reduce.load_state_dict(state)
+        reduce.finish()
+        after = reduce.state_dict()
+        if isinstance(sparsifier, Stochastic) or "Stochastic" in repr(sparsifier):
+            return  # it keeps nothing, so there is nothing to be kept
+        for name, saved in state["tensors"].items():
+            expected = before[name]["residual"] + given[name]
+            np.testing.assert_allclose(saved["residual"], expected, rtol=1e-6)
+            assert saved["step"] == after["tensors"][name]["step"] - 1
+        reduce.load_state_dict(state)  # as if the exchange had failed
+
+
+# -------------------------------------------------------------------------- non-finite
 
 
 @pytest.mark.ranks
@@ -353,6 +503,9 @@ def test_all_ranks_may_raise_together():
 # ----------------------------------------------------------------------- bad use
 
 
+MASKED = np.ma.masked_array(np.ones(4), mask=[0, 1, 0, 0])
+
+
 def test_bad_arguments_are_refused_by_name():
     with pytest.raises(TypeError, match="sparsifier must have a select method"):
         SparseAllreduce(0.01, comm=COMM)
@@ -369,6 +522,19 @@ def test_bad_arguments_are_refused_by_name():
             reduce.allreduce("a", [1.0])
         with pytest.raises(ValueError, match=r"a: out has shape \(3,\)"):
             reduce.allreduce("a", np.ones(4), out=np.ones(3))
+        for array, kind in (
+            (np.ones((1, 4)).view(np.matrix), "matrix"),
+            (MASKED, "MaskedArr"),
+        ):
+            with pytest.raises(TypeError, match=f"a: gradient must be .*, got {kind}"):
+                reduce.allreduce("a", array)
+        with pytest.raises(TypeError, match="a: out must be a plain array, got Masked"):
+            reduce.allreduce("a", np.ones(4), out=MASKED)
+        with pytest.raises(TypeError, match="names must be str, got 3"):
+            reduce.grouped_allreduce({"a": np.ones(4), 3: np.ones(4)})
+        more = {"a": np.ones(4), "b": np.ones(4)}
+        with pytest.raises(ValueError, match="b: out has it, but there is no such"):
+            reduce.grouped_allreduce({"a": np.ones(4)}, more)
         frozen = np.ones(4)
         frozen.flags.writeable = False
         with pytest.raises(ValueError, match="a: out is read-only"):
@@ -459,6 +625,94 @@ def test_indices_out_of_range_are_an_error_before_anything_moves():
         with pytest.raises(ValueError, match="indices must"):
             reduce.allreduce("w", np.ones(8, np.float32))
         assert reduce.traffic.sent_bytes == 0
+
+
+@dataclass(frozen=True)
+class Shifted(TopK):
+    """What inherits from ours is checked like any other."""
+
+    by: int = 100_000_000
+
+    def select(self, residual, gradient, k, step):
+        selection = TopK.select(self, residual, gradient, k, step)
+        return selection._replace(indices=selection.indices + np.int32(self.by))
+
+
+class Renamed(TopK):
+    """The same, though no dataclass."""
+
+    def select(self, residual, gradient, k, step):
+        return Shifted.select(Shifted(self.density), residual, gradient, k, step)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "sparsifier",
+    [Shifted(0.5), Shifted(0.5, by=-100_000_000), Renamed(0.5)],
+    ids=["above", "below", "no dataclass"],
+)
+def test_what_inherits_from_ours_is_checked(sparsifier):
+    with SparseAllreduce(sparsifier, comm=COMM, dense=Never(), timeout_s=20) as reduce:
+        with pytest.raises((ValueError, IndexError), match="indices must"):
+            reduce.allreduce("w", np.arange(1, 9, dtype=np.float32))
+        assert reduce.traffic.sent_bytes == 0
+
+
+class Every:
+    """Every second element from an offset; no dataclass."""
+
+    density = 0.5
+    shared_indices = True
+
+    def __init__(self, offset, **held):
+        self.offset = offset
+        self.__dict__.update(held)
+
+    def indices(self, n, k, step):
+        return np.arange(self.offset, n, 2, dtype=np.int32)[:k]
+
+    def select(self, residual, gradient, k, step):
+        residual += gradient
+        indices = self.indices(residual.size, k, step)
+        values = residual[indices].copy()
+        residual[indices] = 0
+        return Selection(indices, values, 0)
+
+
+@several
+@pytest.mark.ranks
+def test_ranks_agree_on_all_of_a_sparsifier_not_on_its_class():
+    expected = r"w: rank \d has configuration Every\(offset=\d\).*, expected Every"
+    mine = Every(int(RANK == SIZE - 1))
+    with (
+        SparseAllreduce(mine, comm=COMM, dense=Never(), timeout_s=20) as reduce,
+        pytest.raises(ExchangeError, match=expected),
+    ):
+        reduce.allreduce("w", np.ones(8, np.float32))
+
+
+@pytest.mark.ranks
+def test_a_sparsifier_may_count_while_it_selects():
+    class Counting(Every):
+        def select(self, residual, gradient, k, step):
+            self.offset += 1 + RANK
+            self.offset %= 2
+            return TopK(0.5).select(residual, gradient, k, step)
+
+        shared_indices = False
+
+    with SparseAllreduce(Counting(0), comm=COMM, dense=Never()) as reduce:
+        for _ in range(3):
+            reduce.allreduce("w", np.ones(8, np.float32))
+
+
+@pytest.mark.ranks
+def test_a_sparsifier_that_ranks_can_not_agree_on_is_refused():
+    with (
+        open(__file__, encoding="utf-8") as file,
+        pytest.raises(TypeError, match="sparsifier must be such that ranks can agree"),
+    ):
+        SparseAllreduce(Every(0, log=file), comm=COMM, timeout_s=20)
 
 
 @pytest.mark.ranks
