@@ -25,6 +25,7 @@ from laws import (
     as_numpy,
     bits,
     kinds,
+    loopback,
     on_device,
     on_the_wire,
     rounds,
@@ -34,16 +35,20 @@ from laws import (
 )
 
 from hvd_sparse import (
+    CAT,
     Average,
     Never,
     PayloadError,
     RandomK,
     Selection,
+    SignTopK,
     Sum,
     Threshold,
     TopK,
     WhenCheaper,
 )
+from hvd_sparse.core.memory import ErrorFeedback
+from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.sparsifiers import elements
 
 
@@ -533,6 +538,52 @@ def test_a_state_of_before_numbers_were_chosen_is_read() -> None:
     assert resumed.paths[0].tensors["w"].header.step == 2
 
 
+class Every:
+    """Every second element from an offset; no dataclass."""
+
+    density = 0.5
+
+    def __init__(self, offset: int) -> None:
+        self.offset = offset
+
+    def select(self, residual: Any, gradient: Any, k: int, step: int) -> Selection:
+        residual += gradient
+        indices = np.arange(self.offset, residual.size, 2, dtype=np.int32)[:k]
+        values = residual[indices].copy()
+        residual[indices] = 0
+        return Selection(indices, values, 0)
+
+
+def test_a_state_of_before_own_sparsifiers_were_agreed_on_is_read() -> None:
+    ranks = Ranks(1, Every(0))
+    ranks.step([np.arange(20, dtype=np.float32)])
+    state = ranks.paths[0].state_dict()
+    assert state["configuration"] == "Every(offset=0), op=Average, dense=Never()"
+    state["configuration"] = "Every, op=Average, dense=Never()"
+    Ranks(1, Every(0)).paths[0].load_state_dict(state)
+
+
+def test_a_state_of_another_sparsifier_of_ones_own_is_refused_by_name() -> None:
+    ranks = Ranks(1, Every(1))
+    with pytest.raises(ValueError, match=r"configuration Every\(offset=1\).* expected"):
+        Ranks(1, Every(0)).paths[0].load_state_dict(ranks.paths[0].state_dict())
+
+
+def test_a_state_of_the_middle_of_a_step_has_what_is_on_its_way(
+    kernels: Kernels, with_residual: Any, dtype: np.dtype
+) -> None:
+    path = Ranks(1, with_residual(0.2)).paths[0]
+    gradient = Kind((4, 5), "normal", "contiguous", 3).make(dtype, 0)
+    flight = path.send("w", kernels.array(gradient))
+    saved = path.state_dict()["tensors"]["w"]
+    np.testing.assert_allclose(
+        as_numpy(saved["residual"]), gradient.astype(wide(dtype)), rtol=1e-6
+    )
+    assert saved["step"] == 0
+    path.recall(flight)  # as when the exchange fails
+    same_bits(path.memory.residuals["w"].reshape(4, 5), saved["residual"])
+
+
 def test_a_state_survives_being_loaded_and_saved_again(kernels: Kernels) -> None:
     ranks = Ranks(1, TopK(density=0.1))
     for name in ("used", "frozen"):
@@ -760,3 +811,61 @@ def test_a_gradient_is_only_read(
     before = bits(gradient).copy()
     Ranks(1, any_sparsify(share)).step([gradient])
     np.testing.assert_array_equal(bits(gradient), before)
+
+
+# ------------------------------------------------------- an error inside of a step
+
+
+class Forgetful(ErrorFeedback):
+    """There is no memory left for what rounding took."""
+
+    def keep(self, name: str, indices: Any, rest: Any) -> None:
+        raise MemoryError
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="what was selected is in nobody's hands until it is sent",
+)
+@pytest.mark.parametrize("stage", ["encode", "keep"])
+def test_an_error_between_selection_and_exchange_loses_nothing(
+    stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise MemoryError
+
+    [end] = loopback(1)
+    memory = Forgetful() if stage == "keep" else ErrorFeedback()
+    path = GradientPath(SignTopK(0.2), end, dense=Never(), memory=memory)
+    gradient = np.arange(1, 21, dtype=np.float32)
+    with monkeypatch.context() as patch:
+        if stage == "encode":
+            patch.setattr("hvd_sparse.core.path.encode", fail)
+        with pytest.raises(MemoryError):
+            path.send("w", gradient)
+    np.testing.assert_array_equal(path.memory.residuals["w"], gradient)
+
+
+class Priceless:
+    """A cost that can not be told."""
+
+    def of(self, sizes: Any, message: Any) -> Any:
+        raise ZeroDivisionError
+
+    def filled(self, sizes: Any, message: Any) -> Any:
+        return sizes
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="CAT selects before it asks what that costs",
+)
+@pytest.mark.parametrize("scheme", [TopK(), SignTopK()], ids=repr)
+def test_a_cost_that_raises_loses_nothing(scheme: Any) -> None:
+    path = Ranks(1, CAT(scheme, Priceless())).paths[0]
+    gradient = np.arange(1, 21, dtype=np.float32)
+    with pytest.raises(ZeroDivisionError):
+        path.send("w", gradient)
+    np.testing.assert_array_equal(path.memory.residuals["w"], gradient)

@@ -111,10 +111,11 @@ class CAT:
                 "scheme must be TopK(), SignTopK() or Stochastic(), got "
                 f"{self.scheme!r}"
             )
-        if isinstance(self.cost, type) or not hasattr(self.cost, "of"):
+        asked = all(hasattr(self.cost, method) for method in ("of", "filled"))
+        if isinstance(self.cost, type) or not asked:
             raise TypeError(
-                "cost must be such as Affine(per_byte=1, per_message=54), got "
-                f"{self.cost!r}"
+                "cost must be such as Affine(per_byte=1, per_message=54), with methods "
+                f"of and filled, got {self.cost!r}"
             )
         if not 0 < self.most <= 1:
             raise ValueError(f"most must be in (0, 1], got {self.most}")

@@ -308,6 +308,30 @@ def test_a_state_of_the_middle_of_a_step_has_what_is_on_its_way(sparsifier):
         reduce.load_state_dict(state)  # as if the exchange had failed
 
 
+@pytest.mark.xfail(
+    strict=True,
+    raises=ValueError,
+    reason="only an Exception puts back what was selected, Ctrl-C does not",
+)
+def test_ctrl_c_inside_start_loses_nothing():
+    class Interrupted(Every):
+        shared_indices, calls = False, 0
+
+        def select(self, residual, gradient, k, step):
+            type(self).calls += 1
+            if self.calls == 2:
+                raise KeyboardInterrupt
+            return super().select(residual, gradient, k, step)
+
+    given = {name: np.ones(8, np.float32) for name in "ab"}
+    with SparseAllreduce(Interrupted(0), comm=MPI.COMM_SELF, dense=Never()) as reduce:
+        with pytest.raises(KeyboardInterrupt):
+            reduce.grouped_allreduce(given)
+        results = reduce.grouped_allreduce(given)
+        kept = reduce.state_dict()["tensors"]["a"]["residual"]
+        np.testing.assert_array_equal(results["a"] + kept, 2 * given["a"])
+
+
 # -------------------------------------------------------------------------- non-finite
 
 

@@ -45,6 +45,8 @@ if comm.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault == "raise":
         raise ZeroDivisionError("in the loss of this rank")
+    elif fault == "interrupt":
+        raise KeyboardInterrupt
     elif fault == "absent":
         sys.exit(0)
     elif fault == "between":
