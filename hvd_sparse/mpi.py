@@ -14,6 +14,7 @@ from hvd_sparse.core.contracts import Average, Sparsifier
 from hvd_sparse.core.costs import Measurement
 from hvd_sparse.core.path import Flight, GradientPath
 from hvd_sparse.core.routing import Dense, WhenCheaper
+from hvd_sparse.core.scaling import scale_of
 from hvd_sparse.core.sharing import repeats, sharing
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.exchange import MpiExchange
@@ -66,6 +67,7 @@ class SparseAllreduce:
         op: int = Average,
         dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
         timeout_s: float = 600,
+        scaler: Any = None,
     ) -> None:
         """Duplicate the communicator; every rank of comm must call this.
 
@@ -75,14 +77,24 @@ class SparseAllreduce:
             op: hvd_sparse.Average over the ranks of comm, or hvd_sparse.Sum.
             dense: which tensors go dense: WhenCheaper() or Never().
             timeout_s: seconds to wait for peers in a step; a warning comes at 60.
+            scaler: what has get_scale(), the number that gradients are multiplied with,
+                the same on every rank. A step with a result that is not finite must not
+                be applied by anybody; what it sent is put back.
 
         Raises:
-            TypeError: comm is no communicator, or sparsifier can not select.
+            TypeError: comm is no communicator, sparsifier can not select, or scaler can
+                not be asked.
             ValueError: op or timeout_s is out of range.
         """
         self._exchange = MpiExchange(comm, timeout_s)
         try:
-            self._path = GradientPath(sparsifier, self._exchange, op=op, dense=dense)
+            self._path = GradientPath(
+                sparsifier,
+                self._exchange,
+                op=op,
+                dense=dense,
+                loss_scale=scale_of(scaler),
+            )
         except (TypeError, ValueError) as error:
             self._exchange.report(error)  # peers may have better arguments
             raise
@@ -155,6 +167,8 @@ class SparseAllreduce:
         gradients: Mapping[str, Array],
         out: Mapping[str, Array] | None = None,
         blobs: Mapping[str, Blob] | None = None,
+        *,
+        continues: bool = False,
     ) -> None:
         """Select, encode, and begin the exchange; `finish` must follow.
 
@@ -162,11 +176,14 @@ class SparseAllreduce:
             gradients: as in grouped_allreduce.
             out: as in grouped_allreduce.
             blobs: per name, bytes to gather; `gathered` has them, until the next step.
+            continues: these gradients are of the same step as those before.
         """
         with self._alone():
             if self._under_way:
                 raise RuntimeError("finish() must come before the next start()")
             try:
+                if not continues:
+                    self._path.begin()
                 self._send(gradients, out)
                 self._send_blobs(blobs or {})
             except Exception as error:
@@ -180,7 +197,7 @@ class SparseAllreduce:
         rows = [_row(flight) for flight in self._flights]
         rows += [(n, b.shape, b.dtype, 0, b.route, 0) for n, b in self._blobs.items()]
         with self._nothing_lost():
-            self._exchange.open(rows, self._path.configuration)
+            self._exchange.open(rows, self._path.agreed)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -296,8 +296,9 @@ class Loopback:
     def finish_dense(self, handle: tuple[str, int]) -> tuple[np.ndarray, int]:
         gradients = self.finish(handle)
         total = np.zeros(gradients[0].size, wide(gradients[0].dtype))
-        for gradient in gradients:
-            total += gradient.astype(total.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # as in MPI
+            for gradient in gradients:
+                total += gradient.astype(total.dtype)
         return total, total.nbytes
 
 
@@ -311,12 +312,16 @@ class Ranks:
     """N gradient paths in lock step, and what each of them sent last."""
 
     def __init__(
-        self, size: int, sparsifier: Any, *, op: int = Average, dense: Any = None
+        self,
+        size: int,
+        sparsifier: Any,
+        *,
+        op: int = Average,
+        dense: Any = None,
+        loss_scale: Any = None,
     ) -> None:
-        self.paths = [
-            GradientPath(sparsifier, end, op=op, dense=dense or Never())
-            for end in loopback(size)
-        ]
+        given = {"op": op, "dense": dense or Never(), "loss_scale": loss_scale}
+        self.paths = [GradientPath(sparsifier, e, **given) for e in loopback(size)]
         self.sent: list[Selection] = []
 
     def residuals(self, name: str = "w") -> list[np.ndarray]:

@@ -53,7 +53,8 @@ class Sparsifier(Protocol):
     is that share of n, fixed and the same on every rank; otherwise k is the most it may
     select, and what it did select travels in the header. It may have more: a `layout`
     of its payloads; `for_rank(rank)` and `for_tensor(name)`, which return one of its
-    kind for them; `after(count)`, which returns what selects after so many were.
+    kind for them, as does `for_scale(loss_scale)` where gradients are multiplied with
+    it; `after(count)`, which returns what selects after so many were.
     """
 
     def select(self, residual: Array, gradient: Array, k: int, step: int) -> Selection:

@@ -13,6 +13,7 @@ disagrees becomes a `PayloadError` before its data is used. For many small tenso
 once, `together` does the same with fewer words.
 """
 
+from collections.abc import Callable
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ from hvd_sparse.core.payload import (
     step_of,
 )
 from hvd_sparse.core.routing import Dense, Never, WhenCheaper
+from hvd_sparse.core.scaling import is_finite, multiply, overflows, ratio
 from hvd_sparse.core.sparsifiers import (
     RandomK,
     SignsUntilNorm,
@@ -93,6 +95,7 @@ class Tensor:
         grouped: it may be sent together with others (see `together`).
         payload: the last one's bytes; their memory serves the next.
         in_flight: sent and not received yet.
+        delivered: what was sent in this step has been handed back.
         latest: the step of the rank that is furthest, where ranks may be apart.
         chosen: elements that were selected last; 0 before the first step.
     """
@@ -112,6 +115,7 @@ class Tensor:
     grouped: bool
     payload: Bytes | None = None
     in_flight: bool = False
+    delivered: bool = False
     latest: int = 0
     chosen: int = 0
 
@@ -188,6 +192,7 @@ class GradientPath:
         op: int = Average,
         dense: Dense | None = None,
         memory: Memory | None = None,
+        loss_scale: Callable[[], float] | None = None,
     ) -> None:
         """Join the parts.
 
@@ -197,6 +202,7 @@ class GradientPath:
             op: Average over the ranks, or Sum.
             dense: which tensors go dense; WhenCheaper() unless given.
             memory: what keeps the rest; ErrorFeedback() unless given.
+            loss_scale: what gradients are multiplied with, asked in `begin`.
 
         Raises:
             TypeError: sparsifier has no select method, dense is no rule, or one of them
@@ -224,6 +230,9 @@ class GradientPath:
         self.traffic = Traffic()
         self.tensors: dict[str, Tensor] = {}
         self.always_sparse: set[str] = set()  # names of tensors, whatever `dense` says
+        self.overflowed = False  # a result of this step was not finite
+        self._loss_scale = loss_scale
+        self._scale_now: float | None = None  # of the residuals
         self._loaded: dict[str, dict[str, Any]] = {}
 
     # ------------------------------------------------------------------- the path
@@ -301,7 +310,7 @@ class GradientPath:
     def settle(self, flight: Flight) -> None:
         """What was sent has arrived and can not be recalled any more."""
         tensor = flight.tensor
-        tensor.in_flight = False
+        tensor.delivered, tensor.in_flight = tensor.in_flight, False
         tensor.at_step(max(tensor.latest, tensor.header.step) + 1)
 
     def recall(self, flight: Flight) -> None:
@@ -310,6 +319,54 @@ class GradientPath:
         if tensor.in_flight:
             assert tensor.payload is not None
             self._restore(flight, decode(tensor.payload, tensor.header, varies=True))
+
+    # where gradients are multiplied with a loss scale
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether they are."""
+        return self._loss_scale is not None
+
+    def begin(self) -> None:
+        """A step begins; needed before its first `send` where gradients are scaled.
+
+        Raises:
+            ValueError: the scale changed by something else than a power of two.
+        """
+        if self._loss_scale is None:
+            return
+        self.put_back()
+        self.overflowed = False
+        for tensor in self.tensors.values():
+            tensor.delivered = False
+        scale = self._loss_scale()
+        if scale != self._scale_now:
+            self._follow(scale)
+
+    def _follow(self, scale: float) -> None:
+        """Bring all that waits to another loss scale."""
+        factor = ratio(scale, self._scale_now or scale)
+        multiply(self.memory.residuals, factor)
+        for saved in self._loaded.values():
+            if saved["residual"] is not None:
+                saved["residual"] = saved["residual"] * factor
+        self._scale_now = scale
+        for name, tensor in self.tensors.items():
+            tensor.header = tensor.header._replace(digest=self._digest(tensor))
+            tensor.sparsifier = self._own(name)
+
+    def put_back(self) -> None:
+        """Where a result overflowed nobody applies the step: all keep what they sent.
+
+        Of a tensor that is flagged the path does so at once; others were delivered.
+        """
+        for tensor in self.tensors.values():
+            if self.overflowed and tensor.delivered:
+                assert tensor.payload is not None
+                header = tensor.header._replace(step=step_of(tensor.payload))
+                sent = self._sent(tensor, header)
+                self.memory.restore(tensor.name, sent.indices, sent.values)
+                tensor.delivered = False
 
     def count(self, tensor: Tensor, elements: int, sent: int, received: int) -> None:
         """Add to `traffic` what one exchange moved: elements sent, and bytes."""
@@ -335,6 +392,7 @@ class GradientPath:
         if any(payload.nonfinite for payload in payloads):
             # nobody applies anything, so everybody keeps what they sent
             self.recall(flight)
+            self.overflowed = True
             out[...] = float("nan")
         else:
             self._aggregate(flight, payloads, out)
@@ -388,6 +446,14 @@ class GradientPath:
             indices = self._drawn(tensor, header)
         return selection._replace(indices=indices)
 
+    def _sent(self, tensor: Tensor, header: Header) -> Selection:
+        """What this rank sent last, in the step of that header."""
+        assert tensor.payload is not None
+        sent = decode(tensor.payload, header, varies=True)
+        if header.layout == VALUES_ONLY:
+            return sent._replace(indices=self._drawn(tensor, header))
+        return sent
+
     def _drawn(self, tensor: Tensor, header: Header) -> Array:
         """The indices that no payload of this tensor carries."""
         drawn: Any = tensor.sparsifier  # it has shared_indices
@@ -401,6 +467,10 @@ class GradientPath:
             kernels.aggregate(out.reshape(-1), entries, self.scale, flight.cleared)
         except ValueError as error:
             raise PayloadError(f"{flight.tensor.name}: {error}") from None
+        if self.is_scaled:
+            values = [payload.values for payload in payloads]
+            if overflows(values, self.scale, out) and not is_finite(out):
+                self.overflowed = True
 
     def _hand_back_dense(self, flight: Flight, out: Array) -> None:
         """The library's own sum; averaged as the sparse one is."""
@@ -409,6 +479,8 @@ class GradientPath:
         with np.errstate(over="ignore", invalid="ignore"):
             total *= total.dtype.type(self.scale)  # the exchange's own buffer
             _copy_to(out, total)
+        if self.is_scaled and not is_finite(out):
+            self.overflowed = True
         self.count(tensor, tensor.header.n, wire_bytes, wire_bytes)
 
     @property
@@ -449,9 +521,8 @@ class GradientPath:
         trusted = type(sparsifier) in OURS
         wide = dtype in ("float32", "float64")
         plain = layout == INDEXED and wide and not (dense or varies)
-        facts = (name, shape, dtype, k, layout, self.configuration)
-        header = Header(layout, dtype, n, k, step, _digest(facts))
-        return Tensor(
+        header = Header(layout, dtype, n, k, step, digest=0)
+        tensor = Tensor(
             name,
             shape,
             dtype,
@@ -471,6 +542,15 @@ class GradientPath:
             and is_one_part(n),  # with more threads it gains more by itself
             chosen=chosen,
         )
+        tensor.header = header._replace(digest=self._digest(tensor))
+        return tensor
+
+    def _digest(self, tensor: Tensor) -> int:
+        """64 bits that stand for all that ranks must have alike for this tensor."""
+        k, layout = tensor.header.k, tensor.header.layout
+        facts = (tensor.name, tensor.shape, tensor.dtype, k, layout, self.agreed)
+        text = repr(facts).encode()
+        return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
 
     def goes_dense(self, name: str, gradient: Array) -> bool:
         """Whether it will, or can not go at all; nothing is remembered."""
@@ -479,11 +559,7 @@ class GradientPath:
 
     def _plan(self, name: str, n: int, dtype: str) -> tuple[Sparsifier, int, int, bool]:
         """The sparsifier for this tensor, its layout, its k, whether it goes dense."""
-        sparsifier = self.sparsifier
-        if hasattr(sparsifier, "for_rank"):
-            sparsifier = sparsifier.for_rank(self.exchange.rank)
-        if hasattr(sparsifier, "for_tensor"):
-            sparsifier = sparsifier.for_tensor(name)
+        sparsifier = self._own(name)
         shared = getattr(sparsifier, "shared_indices", False)
         layout = getattr(sparsifier, "layout", VALUES_ONLY if shared else INDEXED)
         size = self.exchange.size * self.exchange.weight
@@ -495,10 +571,28 @@ class GradientPath:
         k = elements(density, n)
         return sparsifier, layout, k, limit < k
 
+    def _own(self, name: str) -> Sparsifier:
+        """The sparsifier as this rank, this tensor and the loss scale have it."""
+        sparsifier: Any = self.sparsifier
+        if hasattr(sparsifier, "for_rank"):
+            sparsifier = sparsifier.for_rank(self.exchange.rank)
+        if hasattr(sparsifier, "for_tensor"):
+            sparsifier = sparsifier.for_tensor(name)
+        if hasattr(sparsifier, "for_scale") and self._scale_now is not None:
+            sparsifier = sparsifier.for_scale(self._scale_now)
+        return sparsifier  # type: ignore[no-any-return]
+
     @property
     def configuration(self) -> str:
         """What the user chose, as text: equal on every rank, or an error."""
         return f"{self._chosen}, op={self.op_name}, dense={self._rule}"
+
+    @property
+    def agreed(self) -> str:
+        """The configuration, and what belongs to a step."""
+        if self._scale_now is None:
+            return self.configuration
+        return f"{self.configuration}, loss scale {self._scale_now}"
 
     @property
     def _bare_configuration(self) -> str:
@@ -514,7 +608,10 @@ class GradientPath:
         In the middle of a step, what is on its way is part of the residuals, as if its
         exchange had failed: nothing is lost.
         """
+        self.put_back()
+        scaled = {} if self._scale_now is None else {"loss_scale": self._scale_now}
         return {
+            **scaled,
             "format": STATE_FORMAT,
             "rank": self.exchange.rank,
             "size": self.exchange.size,
@@ -537,10 +634,7 @@ class GradientPath:
         """A copy of its residual, with what is on its way."""
         residual = _copy(self.memory.residuals.get(tensor.name))
         if tensor.in_flight and residual is not None:
-            assert tensor.payload is not None
-            sent = decode(tensor.payload, tensor.header, varies=True)
-            if tensor.header.layout == VALUES_ONLY:
-                sent = sent._replace(indices=self._drawn(tensor, tensor.header))
+            sent = self._sent(tensor, tensor.header)
             kernels_for(residual).add_at(residual, sent.indices, sent.values)
         return residual
 
@@ -562,6 +656,7 @@ class GradientPath:
                 raise ValueError(
                     f"state was saved with {key} {state.get(key)}, expected {here[0]}"
                 )
+        self._check_scale(state)
         saved = state["tensors"]
         for name, tensor in self.tensors.items():
             if name in saved:
@@ -570,13 +665,27 @@ class GradientPath:
                 raise ValueError(f"state has no tensor {name!r}")
         self.adopt(state)
 
+    def _check_scale(self, state: dict[str, Any]) -> None:
+        scale, waits = state.get("loss_scale"), bool(state["tensors"])
+        if scale is not None and not self.is_scaled:
+            raise ValueError(
+                f"state was saved with loss scale {scale}, expected none: give scaler="
+            )
+        if scale is None and self.is_scaled and waits:
+            raise ValueError(
+                "state has no loss scale, expected one for scaler=: put the one it was "
+                'saved with into state["loss_scale"], 1.0 where there was none'
+            )
+
     def adopt(self, state: dict[str, Any]) -> None:
         """Continue from a state of this process in another group of ranks.
 
         Routes are decided anew, since they depend on how many ranks there are.
         """
         self.tensors.clear()
-        self._loaded = dict(state["tensors"])
+        self.overflowed = False
+        self._scale_now = state.get("loss_scale")
+        self._loaded = {name: dict(saved) for name, saved in state["tensors"].items()}
         self.memory.residuals.clear()
         self.traffic.steps = state["step"]
 
@@ -650,8 +759,3 @@ def _on_host(indices: Array) -> Array:
 
 def _dtype(array: Array) -> str:
     return str(array.dtype).removeprefix("torch.")
-
-
-def _digest(facts: tuple[object, ...]) -> int:
-    text = repr(facts).encode()
-    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")

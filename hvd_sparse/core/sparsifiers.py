@@ -279,7 +279,8 @@ class Threshold:
     as they are, not as plus or minus the threshold.
 
     Args:
-        value: magnitude in units of the gradient, > 0 and finite; compared in the
+        value: magnitude in units of the gradient, before any loss scale that the
+            integration is told of (`scaler=`); > 0 and finite; compared in the
             residual's dtype.
 
     Raises:
@@ -291,6 +292,10 @@ class Threshold:
     def __post_init__(self) -> None:
         if not 0 < self.value < math.inf:
             raise ValueError(f"value must be positive and finite, got {self.value}")
+
+    def for_scale(self, loss_scale: float) -> "Threshold":
+        """What selects the same of gradients that are multiplied with loss_scale."""
+        return replace(self, value=self.value * loss_scale)
 
     def select(
         self,

@@ -159,9 +159,9 @@ def aggregate(
     for indices, _ in payloads:
         check_indices(indices, out.size)
     total = zeros_like(out)
-    for indices, values in payloads:
-        total[indices] += values
     with np.errstate(over="ignore"):
+        for indices, values in payloads:
+            total[indices] += values
         out[...] = total * total.dtype.type(scale)
 
 
