@@ -7,6 +7,8 @@ import numpy as np
 
 from hvd_sparse.core.contracts import Array
 
+_EFFORT = 100_000  # candidates that numpy tries before it gives up
+
 
 class Span(NamedTuple):
     """Bytes that an array reaches over: [start, end)."""
@@ -51,9 +53,12 @@ def sharing(arrays: Mapping[str, Array]) -> list[tuple[str, str]]:
 
 def _share(first: Array, second: Array) -> bool:
     """Of two arrays whose spans meet; exact on the host, views may interleave."""
-    if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
-        return np.shares_memory(first, second)
-    return True
+    if not (isinstance(first, np.ndarray) and isinstance(second, np.ndarray)):
+        return True
+    try:
+        return np.shares_memory(first, second, max_work=_EFFORT)
+    except np.exceptions.TooHardError:
+        return True
 
 
 def repeats(array: Array) -> bool:
