@@ -6,10 +6,11 @@ hooks nor a graph that changes from step to step matters. Gradients in host memo
 viewed as numpy arrays, never copied, and the result is written back into `p.grad`.
 """
 
+import functools
+import inspect
 import io
-import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,14 +25,17 @@ from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.mpi import Blob, SparseAllreduce
 from hvd_sparse.torch.advice import advise
-from hvd_sparse.torch.states import as_tensors, viewed
+from hvd_sparse.torch.parameters import NamedParameters, Parameters
+from hvd_sparse.torch.sharing import give_own_memory
+from hvd_sparse.torch.states import as_tensors, on_host, viewed
 
 Array = npt.NDArray[Any]
 Tensor = torch.Tensor
-NamedParameters = Iterable[tuple[str, Tensor]]
 
 _LOSS = "(loss)"
-_KINDS = "(kinds of gradients)"
+_KINDS = ("", "dense", "rows")  # of gradients; of none first
+# what says so: its place in the first byte
+_WORDS = {k: np.array([i] + [0] * 7, np.uint8) for i, k in enumerate(_KINDS)}
 
 
 def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
@@ -55,7 +59,8 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
     Args:
         optimizer: any torch optimizer.
         sparsifier: TopK, RandomK, Threshold or your own; the same on every rank.
-        named_parameters: model.named_parameters(); names must be unique and cover what
+        named_parameters: model.named_parameters(), of the whole model, so that what
+            add_param_group adds later has a name; names must be unique and cover what
             the optimizer holds. Without it parameters are named by their place.
         comm: an mpi4py communicator; MPI.COMM_WORLD unless given.
         op: hvd_sparse.Average over the ranks of comm, or hvd_sparse.Sum.
@@ -69,8 +74,9 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
         The same optimizer.
 
     Raises:
-        TypeError: not an optimizer, or one that is distributed already.
-        ValueError: names are not unique, unknown or missing.
+        TypeError: not an optimizer, or one that is distributed already, or
+            named_parameters are no pairs of a name and a tensor.
+        ValueError: names are not unique, or missing.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         kind = type(optimizer).__name__
@@ -82,16 +88,16 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
             "backward_passes_per_step must be at least 1, "
             f"got {backward_passes_per_step}"
         )
-    names = _names(optimizer, named_parameters)
+    parameters = Parameters(optimizer, named_parameters)
     reduce = SparseAllreduce(
         sparsifier, comm=comm, op=op, dense=dense, timeout_s=timeout_s
     )
-    kind = type(optimizer)
     distributed: Any = optimizer
-    distributed.__class__ = type(kind.__name__, (_Distributed, kind), {})
+    distributed.__class__ = _distributed_class(type(optimizer))
     # a scheduler made earlier hides the class's step behind an attribute of the object
     vars(distributed).pop("step", None)
-    distributed._sparse = _Gradients(distributed, names, reduce, Op(op))
+    gradients = _Gradients(distributed, parameters, reduce, Op(op))
+    object.__setattr__(distributed, "_sparse", gradients)  # past one of its own
     return distributed
 
 
@@ -101,48 +107,49 @@ class _Gradients:
     def __init__(
         self,
         optimizer: Any,
-        names: dict[Tensor, str],
+        parameters: Parameters,
         reduce: SparseAllreduce,
         op: Op,
     ) -> None:
         self.optimizer = optimizer
         self.op = op
-        self.names = names
+        self.parameters = parameters
         self.reduce = reduce
         self.synchronized = False  # by the user, and no backward pass or step since
         self.skip = False
         self._adviser = Adviser(advise, reduce.sparsifier)
         self.kinds: dict[str, str] = {}  # dense or rows, the same on every rank
         self._hooks: dict[str, Any] = {}
-        self._watch_backward(self._held())
+        self.watch_backward(parameters.held())
 
     def exchange(self, loss: Any = None) -> Any:
         """Replace every gradient by its mean over ranks; returns the mean loss.
 
         Which parameters have a gradient, and of which kind, only some ranks may know:
-        those that used them. So the exchange carries the names of gradients that the
-        others can not expect, and a second one, where there are any, the gradients.
+        those that used them. So the exchange carries, for each parameter of which none
+        is expected, the kind of its gradient, and a second one, where there are any,
+        the gradients. That every rank holds the same parameters, and has frozen the
+        same ones, is agreed on with it.
         """
         with self._reported():
-            self._adviser.step(self.optimizer, self.reduce.rank, stacklevel=3)
-            held = self._held()
-            self._watch_backward(held)
+            self._adviser.step(self.optimizer, self.reduce.rank, stacklevel=4)
+            held = self.parameters.held()
+            self.watch_backward(held)
+            give_own_memory(list(held.values()))
             expected = {
                 n: p for n, p in held.items() if n in self.kinds and p.requires_grad
             }
-            blobs = {}
-            if len(expected) < len(held):
-                blobs[_KINDS] = _pack_kinds(held, expected)
+            others = {n: _pack_kind(p) for n, p in held.items() if n not in expected}
+            blobs = dict(others)
             if loss is not None:
                 number = np.array([_number(loss)], np.float64)
                 blobs[_LOSS] = Blob(number.view(np.uint8))
         gathered = self._exchange_gradients(expected, blobs)
         if loss is not None:
             loss = _mean_loss(loss, gathered[_LOSS])
-        found = self._learn_kinds(gathered.get(_KINDS, []))
+        found = self._learn_kinds({name: gathered[name] for name in others})
         if found:
-            # a name that this rank does not hold becomes an error on every rank
-            self._exchange_gradients({n: held[n] for n in found if n in held}, {})
+            self._exchange_gradients({name: held[name] for name in found}, {})
             self.reduce.traffic.steps -= 1  # of one step
         return loss
 
@@ -178,16 +185,17 @@ class _Gradients:
             self.reduce.report(error)
             raise
 
-    def _learn_kinds(self, blobs: list[Array]) -> list[str]:
+    def _learn_kinds(self, told: dict[str, list[Array]]) -> list[str]:
         """Names that some rank has an unexpected gradient of, in one order."""
-        found: dict[str, str] = {}
-        for blob in blobs:
-            told = json.loads(blob.tobytes().rstrip(b"\0"))
-            found = {**told, **found}  # the lowest rank's word counts
-        self.kinds = {**found, **self.kinds}
-        return sorted(found)
+        found = []
+        for name in sorted(told):
+            codes = [code for blob in told[name] if (code := blob[0])]
+            if codes:  # the lowest rank's word counts
+                found.append(name)
+                self.kinds.setdefault(name, _KINDS[codes[0]])
+        return found
 
-    def _watch_backward(self, held: dict[str, Tensor]) -> None:
+    def watch_backward(self, held: dict[str, Tensor]) -> None:
         """After a backward pass what was synchronized is not any more."""
         for name, parameter in held.items():
             if parameter.requires_grad and name not in self._hooks:
@@ -208,19 +216,7 @@ class _Gradients:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Per name, the shape of the parameter."""
-        return {name: tuple(p.shape) for p, name in self.names.items()}
-
-    def _held(self) -> dict[str, Tensor]:
-        """All parameters of the optimizer now, by name."""
-        held = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for parameter in held:
-            if parameter not in self.names:
-                shape = tuple(parameter.shape)
-                raise ValueError(
-                    f"a parameter of shape {shape} was added after "
-                    "DistributedOptimizer was made; it has no name"
-                )
-        return {self.names[p]: p for p in held}
+        return {name: tuple(p.shape) for name, p in self.parameters.held().items()}
 
     def _sum_rows(self, own: Tensor, blobs: list[Array]) -> Tensor:
         """Gradients that came sparse stay sparse: gathered as they are, then summed."""
@@ -241,16 +237,24 @@ class _Distributed:
     _sparse: _Gradients
     param_groups: list[dict[str, Any]]
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def _exchanged_step(
+        self,
+        own_step: Callable[..., Any],
+        closure_place: int,
+        arguments: tuple[Any, ...],
+        options: dict[str, Any],
+    ) -> Any:
         """Exchange the gradients, then the optimizer's own step.
 
         With a closure the exchange follows every call of it, and the loss it returns is
         averaged over ranks, so that line searches take the same turns everywhere.
         """
         state = self._sparse
-        own_step = super().step  # type: ignore[misc]  # of the optimizer's class
         self._opt_called = True  # what a scheduler's own wrapper would note
-        if closure is not None:
+        given: dict[Any, Any] = {**dict(enumerate(arguments)), **options}
+        place = "closure" if "closure" in options else closure_place
+        closure = given.get(place)
+        if callable(closure):
 
             def exchanged() -> Any:
                 with torch.enable_grad():
@@ -258,7 +262,10 @@ class _Distributed:
                 return state.exchange(loss)
 
             state.synchronized = False
-            return own_step(exchanged)
+            given[place] = exchanged
+            arguments = tuple(given[i] for i in range(len(arguments)))
+            options = {name: given[name] for name in options}
+            return own_step(self, *arguments, **options)
         if state.skip and not state.synchronized:
             raise RuntimeError(
                 "step() inside skip_synchronize() needs synchronize() after the last "
@@ -269,22 +276,31 @@ class _Distributed:
                 warnings.warn(
                     "step() after synchronize() uses the gradients as they are; say so "
                     "with `with optimizer.skip_synchronize():`",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
             else:
                 state.exchange()
         state.synchronized = False
-        return own_step()
+        return own_step(self, *arguments, **options)
 
-    # torch wraps a step that lacks these marks: schedulers, and profiling hooks, which
-    # the optimizer's own step runs already
-    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-    step.hooked = True  # type: ignore[attr-defined]
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self, *arguments: Any, **options: Any) -> None:
         """The optimizer's own; gradients to come are not synchronized."""
         self._sparse.synchronized = False
-        super().zero_grad(set_to_none=set_to_none)  # type: ignore[misc]
+        super().zero_grad(*arguments, **options)  # type: ignore[misc]
+
+    def add_param_group(self, *arguments: Any, **options: Any) -> None:
+        """The optimizer's own, on every rank alike; a peer without it is an error.
+
+        Raises:
+            ValueError: a parameter has no name; the group is not added.
+        """
+        groups = len(self.param_groups)
+        super().add_param_group(*arguments, **options)  # type: ignore[misc]
+        try:
+            self._sparse.watch_backward(self._sparse.parameters.held())
+        except ValueError:
+            del self.param_groups[groups:]
+            raise
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy, or a pickle, is of the optimizer's own class, and not distributed."""
@@ -343,7 +359,7 @@ class _Distributed:
                     f"{name}: state has shape {saved.get(name)}, expected "
                     f"{here.get(name)} (None: no such parameter)"
                 )
-        self._sparse.reduce.load_state_dict(state)
+        self._sparse.reduce.load_state_dict(on_host(state))
         self._sparse.kinds = dict(state["kinds"])
 
     def close(self) -> None:
@@ -356,42 +372,50 @@ def _blank(kind: Any) -> Any:
     return kind.__new__(kind)
 
 
-def _names(
-    optimizer: torch.optim.Optimizer, named_parameters: NamedParameters | None
-) -> dict[Tensor, str]:
-    """Per parameter of the optimizer, its name."""
-    held = {
-        parameter: f"group{g}.parameter{i}"
-        for g, group in enumerate(optimizer.param_groups)
-        for i, parameter in enumerate(group["params"])
-    }
-    if named_parameters is None:
-        return held
-    given = list(named_parameters)
-    seen: set[str] = set()
-    for name, _ in given:
-        if name in seen:
-            raise ValueError(f"named_parameters must be unique, {name!r} comes twice")
-        seen.add(name)
-    names = {parameter: name for name, parameter in given}
-    for parameter, place in held.items():
-        if parameter not in names:
-            raise ValueError(
-                f"named_parameters must cover the optimizer's parameters, {place} of "
-                f"shape {tuple(parameter.shape)} has no name"
-            )
-    for parameter, name in names.items():
-        if parameter not in held and parameter.requires_grad:
-            raise ValueError(
-                f"named_parameters has {name!r}, which the optimizer does not hold"
-            )
-    return {parameter: names[parameter] for parameter in held}
+def _distributed_class(kind: Any) -> type:
+    """A class in front of the optimizer's own, whose step takes what its own takes."""
+    own_step, closure_place = kind.step, _closure_place(kind.step)
+
+    @functools.wraps(own_step)
+    def step(self: _Distributed, *arguments: Any, **options: Any) -> Any:
+        return self._exchanged_step(own_step, closure_place, arguments, options)
+
+    # torch wraps a step that lacks these marks: schedulers, and profiling hooks, which
+    # the optimizer's own step runs already
+    marked: Any = step
+    marked._wrapped_by_lr_sched = marked.hooked = True
+    described = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (_Distributed, kind), {"step": step, **described})
 
 
-def _kind(parameter: Tensor) -> str | None:
-    if parameter.grad is None:
-        return None
-    return "dense" if parameter.grad.layout is torch.strided else "rows"
+def _closure_place(step: Callable[..., Any]) -> int:
+    """Of the closure among a step's arguments without self; torch has it first."""
+    try:
+        names = list(inspect.signature(step).parameters)[1:]
+    except ValueError:  # not written in Python
+        return 0
+    return names.index("closure") if "closure" in names else 0
+
+
+def _pack_kind(parameter: Tensor) -> Blob:
+    """The kind of a gradient that the peers do not expect."""
+    state = "frozen" if not parameter.requires_grad else "without a gradient"
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    word = _WORDS[_kind(parameter)]
+    return Blob(word, tuple(parameter.shape), f"{dtype} ({state})")
+
+
+def _kind(parameter: Tensor) -> str:
+    """That of its gradient; a frozen one's zeros tell nothing, and are none."""
+    gradient = parameter.grad
+    if gradient is None:
+        return ""
+    dense = gradient.layout is torch.strided
+    if not parameter.requires_grad:
+        values = gradient if dense else gradient.coalesce().values()
+        if not values.any():
+            return ""
+    return "dense" if dense else "rows"
 
 
 def _dense_gradient(parameter: Tensor) -> Tensor:
@@ -427,13 +451,6 @@ def _rows(indices: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
 def _mean_loss(loss: Any, blobs: list[Array]) -> Any:
     mean = float(np.mean([blob.view(np.float64)[0] for blob in blobs]))
     return torch.full_like(loss, mean) if isinstance(loss, Tensor) else mean
-
-
-def _pack_kinds(held: dict[str, Tensor], expected: dict[str, Tensor]) -> Blob:
-    """Names and kinds of the gradients here that the peers do not expect."""
-    told = {n: _kind(p) for n, p in held.items() if n not in expected}
-    text = json.dumps({n: kind for n, kind in told.items() if kind}).encode()
-    return Blob(np.frombuffer(text + bytes(-len(text) % 8), np.uint8))
 
 
 def _pack_rows(gradient: Tensor) -> Blob:

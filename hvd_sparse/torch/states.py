@@ -28,3 +28,14 @@ def as_tensors(state: dict[str, Any]) -> dict[str, Any]:
         for name, saved in state["tensors"].items()
     }
     return {**state, "tensors": tensors}
+
+
+def on_host(state: dict[str, Any]) -> dict[str, Any]:
+    """The same state with residuals in host memory, wherever they were saved."""
+    tensors = {
+        name: {**saved, "residual": saved["residual"].cpu()}
+        if isinstance(saved["residual"], Tensor)
+        else saved
+        for name, saved in state["tensors"].items()
+    }
+    return {**state, "tensors": tensors}
