@@ -107,14 +107,15 @@ class MpiExchange:
         duplicate, request = comm.Idup()
         started = time.monotonic()
         while not request.Test():
-            if time.monotonic() - started > self.timeout_s:
+            waited = time.monotonic() - started
+            if waited > self.timeout_s:
                 _ABANDONED.append((duplicate, request))
                 _abort_at_exit(comm)
                 raise ExchangeError(
                     f"rank {comm.Get_rank()} gave up after {self.timeout_s:g} s: a "
                     "peer did not make its exchange"
                 )
-            time.sleep(_PAUSE_S)
+            _pause(waited)
         return duplicate
 
     def _forget(self) -> None:
@@ -158,6 +159,20 @@ class MpiExchange:
     def open(self, rows: Sequence[Row], configuration: str) -> None:
         """Begin the step with all that was started; does not wait."""
         self._begin(self._exchange(rows, configuration), _names(rows))
+
+    def begin_broadcast(self, arrays: Sequence[Array], root: int, what: str) -> None:
+        """Begin a step that overwrites arrays with those of one rank.
+
+        Ranks must have agreed on the sizes; each below 2 GiB. What is under way is kept
+        for ever if a peer does not arrive: memory of the caller, too.
+        """
+        self._begin(self._broadcast(arrays, root), what)
+
+    def _broadcast(
+        self, arrays: Sequence[Array], root: int
+    ) -> Generator[list[Request], None, None]:
+        byte = _mpi().BYTE
+        yield [self._comm.Ibcast([array, byte], root) for array in arrays]
 
     @property
     def busy(self) -> bool:
@@ -212,10 +227,7 @@ class MpiExchange:
                 f"{waited:.0f} s for its peers",
                 stacklevel=5,
             )
-        if waited < _SPIN_S:
-            os.sched_yield()
-        else:
-            time.sleep(_PAUSE_S)
+        _pause(waited)
 
     def _abandon(self, waited: float) -> None:
         self._refusal = (
@@ -380,6 +392,13 @@ class MpiExchange:
         if not self._refusal and not _mpi().Is_finalized():
             self._comm.Free()
         self._refusal = self._refusal or "it was closed"
+
+
+def _pause(waited: float) -> None:
+    if waited < _SPIN_S:
+        os.sched_yield()
+    else:
+        time.sleep(_PAUSE_S)
 
 
 def _text(reason: Array) -> str:

@@ -5,7 +5,6 @@ memory (tf.numpy_function), in a tf.function or eagerly. Residuals live there an
 the graph, so that retracing changes nothing.
 """
 
-import io
 import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from hvd_sparse.advice import Adviser
-from hvd_sparse.broadcast import Broadcast
+from hvd_sparse.broadcast import Broadcast, Described
 from hvd_sparse.core.contracts import Average, Op, Sparsifier
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
@@ -379,26 +378,43 @@ def broadcast_variables(
 ) -> None:
     """Overwrite variables with those of one rank.
 
+    Beside the model it takes memory for two variables at most.
+
     Args:
         variables: tf.Variable or Keras variables; the same shapes and dtypes in the
             same order on every rank.
         root: the rank whose values all take.
         comm: an mpi4py communicator; MPI.COMM_WORLD unless given.
-        timeout_s: seconds to wait for peers.
+        timeout_s: seconds to wait for peers without anything that arrives.
 
     Raises:
-        ExchangeError: a peer has other variables, or did not arrive in time.
+        TypeError: a variable holds strings.
+        ValueError: root is no rank of comm.
+        ExchangeError: a peer has other variables, and nothing has moved; or it did not
+            arrive in time.
     """
-    held = list(variables)
-    arrays = [np.asarray(variable.numpy()) for variable in held]
-    described = str([(a.shape, a.dtype.name) for a in arrays])
-    buffer = io.BytesIO()
-    for array in arrays:
-        buffer.write(_bytes(array).tobytes())
     with Broadcast(root, comm, timeout_s) as broadcast:
-        data = broadcast(buffer.getvalue(), described)
-    start = 0
-    for variable, array in zip(held, arrays, strict=True):
-        part = np.frombuffer(data, np.uint8, array.nbytes, start).view(array.dtype)
-        variable.assign(part.reshape(array.shape))
-        start += array.nbytes
+        with broadcast.reported():
+            held = list(variables)
+            described = [_describe(place, v) for place, v in enumerate(held)]
+        broadcast.agree(described)
+        for variable, (name, shape, dtype) in zip(held, described, strict=True):
+            # one at a time: what TensorFlow has must be copied, and copied back
+            array = (
+                np.ascontiguousarray(variable.numpy())
+                if broadcast.is_root
+                else np.empty(shape, tf.as_dtype(dtype).as_numpy_dtype)
+            )
+            broadcast.send(name, _bytes(array))
+            broadcast.wait(name)
+            if not broadcast.is_root:
+                variable.assign(array)
+
+
+def _describe(place: int, variable: Any) -> Described:
+    """By its place: Keras numbers the names of what was made before it."""
+    value = np.asarray(variable.numpy())
+    name = f"variable{place}"
+    if value.dtype.kind in "OSU":
+        raise TypeError(f"{name}: must be numbers, got {variable.dtype}")
+    return Described(name, value.shape, value.dtype.name)

@@ -31,13 +31,13 @@ from hvd_sparse import (
     checkpoint_path,
 )
 from hvd_sparse.torch.advice import advise
-from hvd_sparse.torch.horovod import SparseCompressor
-from hvd_sparse.torch.measuring import measure
-from hvd_sparse.torch.mpi import (
-    DistributedOptimizer,
+from hvd_sparse.torch.broadcast import (
     broadcast_optimizer_state,
     broadcast_parameters,
 )
+from hvd_sparse.torch.horovod import SparseCompressor
+from hvd_sparse.torch.measuring import measure
+from hvd_sparse.torch.mpi import DistributedOptimizer
 
 __all__ = [
     "CAT",

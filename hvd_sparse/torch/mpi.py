@@ -8,7 +8,6 @@ viewed as numpy arrays, never copied, and the result is written back into `p.gra
 
 import functools
 import inspect
-import io
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ import numpy.typing as npt
 import torch
 
 from hvd_sparse.advice import Adviser
-from hvd_sparse.broadcast import Broadcast
 from hvd_sparse.core.contracts import Average, Op, Sparsifier
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
@@ -486,69 +484,3 @@ def _unpack_rows(like: Tensor, blob: Array) -> tuple[Tensor, Tensor]:
         torch.from_numpy(indices.copy()).to(device),
         values.reshape(count, *width).to(device),
     )
-
-
-# -------------------------------------------------------------------- start alike
-
-
-def broadcast_parameters(
-    params: Any, *, root: int = 0, comm: Any = None, timeout_s: float = 600
-) -> None:
-    """Overwrite parameters and buffers with those of one rank.
-
-    Args:
-        params: model.state_dict(), or pairs of name and tensor; the same names, shapes
-            and dtypes on every rank.
-        root: the rank whose values all take.
-        comm: an mpi4py communicator; MPI.COMM_WORLD unless given.
-        timeout_s: seconds to wait for peers.
-
-    Raises:
-        ExchangeError: a peer has other tensors, or did not arrive in time.
-    """
-    pairs = params.items() if hasattr(params, "items") else params
-    tensors = {name: t for name, t in pairs if isinstance(t, Tensor)}
-    with Broadcast(root, comm, timeout_s) as broadcast, torch.no_grad():
-        described = [(n, tuple(t.shape), str(t.dtype)) for n, t in tensors.items()]
-        data = broadcast(_save(tensors), repr(sorted(described)))
-        for name, value in _load(data).items():
-            tensors[name].copy_(value)
-
-
-def broadcast_optimizer_state(
-    optimizer: torch.optim.Optimizer,
-    *,
-    root: int = 0,
-    comm: Any = None,
-    timeout_s: float = 600,
-) -> None:
-    """Overwrite the state and the options of an optimizer with those of one rank.
-
-    Residuals are not part of it: they belong to their rank.
-
-    Args:
-        optimizer: distributed or not; the same parameters on every rank.
-        root: the rank whose state all take.
-        comm: an mpi4py communicator; MPI.COMM_WORLD unless given.
-        timeout_s: seconds to wait for peers.
-
-    Raises:
-        ExchangeError: a peer has other parameters, or did not arrive in time.
-    """
-    with Broadcast(root, comm, timeout_s) as broadcast:
-        held = [[tuple(p.shape) for p in g["params"]] for g in optimizer.param_groups]
-        described = f"{type(optimizer).__name__} {held}"
-        optimizer.load_state_dict(
-            _load(broadcast(_save(optimizer.state_dict()), described))
-        )
-
-
-def _save(state: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
-def _load(data: bytes) -> Any:
-    # from a peer of this job, which could run any code here anyway
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)

@@ -55,6 +55,11 @@ def overlaps_itself(tensor: Tensor) -> bool:
     return False
 
 
+def is_gapless(tensor: Tensor) -> bool:
+    """Whether its elements fill a piece of memory, each once, in any order."""
+    return _extent(tensor) == tensor.nbytes and not overlaps_itself(tensor)
+
+
 def shared_with(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Per place of a tensor that shares memory with earlier ones, the first of them.
 

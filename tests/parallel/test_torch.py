@@ -469,30 +469,6 @@ def test_residuals_are_saved_and_loaded_between_synchronize_and_step():
     optimizer.close()
 
 
-@pytest.mark.ranks
-def test_broadcasts_make_ranks_alike():
-    torch.manual_seed(RANK)
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    root = SIZE - 1
-    sparse.broadcast_parameters(model.state_dict(), root=root, comm=COMM)
-    assert replicas_agree(model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.1 * (RANK + 1))
-    model(torch.randn(8, 4)).sum().backward()
-    optimizer.step()
-    sparse.broadcast_optimizer_state(optimizer, root=root, comm=COMM)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * SIZE)
-    moments = [s["exp_avg"].numpy().tobytes() for s in optimizer.state.values()]
-    assert len(set(COMM.allgather(b"".join(moments)))) == 1
-
-
-@pytest.mark.ranks
-@several
-def test_broadcasting_different_models_is_an_error_on_every_rank():
-    model = nn.Linear(4, 5 if RANK == SIZE - 1 else 4)
-    with pytest.raises(ExchangeError, match=rf"rank {SIZE - 1} has .*\(5, 4\)"):
-        sparse.broadcast_parameters(model.state_dict(), comm=COMM)
-
-
 # -------------------------------------------------------------------------- bad use
 
 
@@ -815,23 +791,6 @@ def test_residuals_can_be_rolled_back_to_the_start():
     train(model, optimizer, [1])
     assert replicas_agree(model)
     optimizer.close()
-
-
-@pytest.mark.ranks
-@several
-def test_broadcasting_from_different_roots_is_an_error_on_every_rank():
-    model = perceptron()
-    with pytest.raises(ExchangeError, match="root"):
-        sparse.broadcast_parameters(
-            model.state_dict(), root=min(RANK, 1), comm=COMM, timeout_s=20
-        )
-
-
-def test_numpy_numbers_in_options_can_be_broadcast():
-    model = perceptron()
-    optimizer = torch.optim.SGD(model.parameters(), lr=np.float64(0.1))
-    sparse.broadcast_optimizer_state(optimizer, comm=COMM)
-    assert optimizer.param_groups[0]["lr"] == 0.1
 
 
 def test_a_rule_given_as_a_class_is_refused():
