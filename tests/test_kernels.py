@@ -31,6 +31,7 @@ from laws import (
 )
 
 from hvd_sparse.kernels import host, kernels_for, reference, threads
+from hvd_sparse.kernels.lanes import LANES
 from hvd_sparse.kernels.room import reserve
 
 NOT_FINITE = [np.nan, np.inf, -np.inf]
@@ -299,6 +300,66 @@ def test_aggregate_is_the_references_beyond_one_chunk(
     cleared = kernels.array(np.zeros_like(expected))
     kernels.module.aggregate(cleared, payloads, 1 / 3, cleared=True)
     same_bits(cleared, expected)
+
+
+@pytest.mark.parametrize("part", ["a part of its own", "one in a group"])
+@pytest.mark.parametrize("first", [0, 1, 15, 16, 17])
+@pytest.mark.parametrize("size", [0, 1, 16, 33, 1000, 40001])
+def test_zeros_that_are_streamed_are_the_references_and_stay_inside(
+    dtype: np.dtype,
+    size: int,
+    first: int,
+    part: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if dtype.itemsize == 2 and part == "one in a group":
+        return  # groups are of wide gradients
+    monkeypatch.setattr(host, "_BEYOND_CACHE", -1)
+    payloads = payloads_of(
+        Kind((size,), "normal", "contiguous", 1), dtype, [0.01, 0, 0.005]
+    )
+    around = np.full(size + 40, 7).astype(dtype)
+    expected, out = around.copy(), around[first : first + size]
+    reference.aggregate(expected[first : first + size], payloads, 1 / 3)
+    if part == "one in a group":
+        table = [[host.address(i), host.address(v), i.size] for i, v in payloads]
+        others = [np.full(5, 7, dtype), out, np.full(6, 7, dtype)]
+        nothing = [[0, 0, 0]] * len(table)
+        tables = np.array([nothing, table, nothing])
+        assert host.aggregate_group(others, tables, 1 / 3) == -1
+        assert not others[0].any()
+        assert not others[2].any()
+    else:
+        host.aggregate(out, payloads, 1 / 3)
+    same_bits(around, expected)
+
+
+def test_large_results_of_few_entries_are_streamed_by_several_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(host, "_BEYOND_CACHE", 1 << 20)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    size = 3 * threads.SMALLEST_PART + 7
+    assert len(threads.parts(size, LANES)) == 3
+    assert host._streams(size, 4, size // 100)
+    kind = Kind((size,), "normal", "contiguous", 1)
+    payloads = payloads_of(kind, np.dtype(np.float32), [0.005, 0.001])
+    expected, out = np.full((2, size), 7, np.float32)
+    reference.aggregate(expected, payloads, 0.5)
+    host.aggregate(out, payloads, 0.5)
+    same_bits(out, expected)
+
+
+def test_a_group_leaves_its_gradients_as_they_are() -> None:
+    gradients = [np.arange(1.0, n + 1, dtype=np.float32) for n in (3, 50, 5000)]
+    residuals = [np.zeros_like(gradient) for gradient in gradients]
+    room = [(np.empty(2, np.int32), np.empty(2, np.float32)) for _ in gradients]
+    table = np.array([(host.address(i), host.address(v), 2) for i, v in room])
+    host.select_group(residuals, gradients, table)
+    for gradient, (indices, values) in zip(gradients, room, strict=True):
+        same_bits(gradient, np.arange(1.0, gradient.size + 1, dtype=np.float32))
+        assert indices.tolist() == [gradient.size - 2, gradient.size - 1]
+        assert values.tolist() == [gradient.size - 1, gradient.size]
 
 
 def test_sums_that_overflow_are_handed_back_as_they_are(

@@ -106,7 +106,7 @@ class TopK:
     def select_group(
         self, residuals: Sequence[Array], gradients: Sequence[Array], table: Array
     ) -> Sequence[int]:
-        """As select in place for many arrays on the host, of one dtype.
+        """As select, for many arrays on the host, of one dtype.
 
         Args:
             residuals: (n,) each.

@@ -3,9 +3,9 @@
     send -> exchange -> receive
 
 What happens to each tensor, and every bit of the result, is as in `path`; only the
-loops over the group are in the kernels. It serves gradients in host memory that give
-way to their result, of sparsifiers that have `select_group`, and an exchange whose
-handles are names. Whatever else there is takes the path by itself.
+loops over the group are in the kernels. It serves gradients in host memory, of
+sparsifiers that have `select_group`, and an exchange whose handles are names. Whatever
+else there is takes the path by itself.
 """
 
 from collections.abc import Sequence
@@ -32,14 +32,14 @@ class Together:
     def send(
         self, tensors: Sequence[Tensor], gradients: Sequence[Array]
     ) -> list[Flight]:
-        """Accumulate, select and encode in place, and start the exchanges.
+        """Accumulate, select and encode, and start the exchanges.
 
         Args:
             tensors: what `GradientPath.admit` said of the gradients: that they may be
                 `grouped`.
             gradients: contiguous; otherwise as for GradientPath.send.
         """
-        flights = [Flight(t, None, t.name, cleared=True) for t in tensors]
+        flights = [Flight(tensor, None, tensor.name) for tensor in tensors]
         try:
             for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
                 both = zip(tensors, gradients, strict=True)
@@ -76,7 +76,7 @@ class Together:
 
         Args:
             flights: what left in it, in the order in which it did.
-            outs: as for `GradientPath.receive`.
+            outs: as for `GradientPath.receive`; no two of them overlap.
             gathered: the messages of all ranks, at an address that is a multiple of 8.
 
         Returns:
@@ -88,8 +88,7 @@ class Together:
         path = self.path
         tensors = [flight.tensor for flight in flights]
         alike = len({tensor.dtype for tensor in tensors}) == 1
-        cleared = all(flight.cleared for flight in flights)
-        if not (alike and cleared and all(map(_is_plain, tensors, outs))):
+        if not (alike and all(map(_is_plain, tensors, outs))):
             return False
         steps = [tensor.header.step for tensor in tensors]
         table = self._message(tensors).locate(gathered, steps, path.exchange.size)

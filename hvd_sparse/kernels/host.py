@@ -10,8 +10,9 @@ How exact TopK costs about as much as the addition it follows:
    cut back to the k largest so far and the bound rises; if fewer than k turn up, the
    residual is scanned again with a lower bound.
 
-Where the result will take the gradient's place, pass 2 leaves zeros there while it has
-the gradient in cache: the result is then a few additions, and no pass of its own.
+Where the result will take the gradient's place at once, pass 2 may leave zeros there
+while it has the gradient in cache: the result is then a few additions, and no pass of
+its own. Elsewhere the zeros of a large result are streamed: written, and never read.
 
 The sample decides the time, never the result, which is the same for every estimate,
 every thread count and every processor.
@@ -32,11 +33,13 @@ from hvd_sparse.kernels.lanes import (
     accumulate16,
     bit_count,
     clear16,
+    fence,
     from_bits,
     lowest_bit,
     magnitude_bits,
     pointer_to,
     prefetch,
+    stream_zeros16,
 )
 from hvd_sparse.kernels.reference import check_places
 from hvd_sparse.kernels.room import reserve
@@ -54,6 +57,8 @@ _AHEAD = 16  # entries of a payload: their cache lines arrive together
 _RUN = 32  # elements sampled side by side: two cache lines arrive together
 _STRETCH = 8192  # elements accumulated before their hits are looked at, in L1
 _BLOCKS = _CHUNK // LANES  # of a chunk; those that an entry falls into are scaled
+_BEYOND_CACHE = 32 << 20  # bytes of a result that no cache keeps until it is used
+_FEW = 64  # elements an entry, from which on its cache lines are few
 # added, it leaves every residual as it is, -0.0 included
 _NOTHING = {4: np.full(LANES, -0.0, np.float32), 8: np.full(LANES, -0.0)}
 _NO_OUT = {char: np.empty(0, char) for char in "hHfd"}
@@ -451,7 +456,7 @@ def _select_group(
         residual = carray(pointer_to(arrays[each, 0], like), (n,))
         gradient = carray(pointer_to(arrays[each, 1], like), (n,))
         flags[each] = _select_top(
-            residual, gradient, gradient, nothing, k, indices, values
+            residual, gradient, gradient[:0], nothing, k, indices, values
         )
         carray(pointer_to(table[each, 0], indices_like), (k,))[:] = indices[:k]
         carray(pointer_to(table[each, 1], like), (k,))[:] = values[:k]
@@ -460,11 +465,11 @@ def _select_group(
 def select_group(
     residuals: Sequence[Array], gradients: Sequence[Array], table: Array
 ) -> list[int]:
-    """As select_top in place, for many arrays in one call and one thread.
+    """As select_top, for many arrays in one call and one thread.
 
     Args:
         residuals: m arrays, (n,), all float32 or all float64.
-        gradients: m arrays of the residuals' dtype, contiguous; they become 0.
+        gradients: m arrays of the residuals' dtype, contiguous.
         table: (m, 3) int64: addresses where to write indices and values, and k.
 
     Returns:
@@ -589,6 +594,25 @@ def _aggregate(
 
 
 @_jit
+def _stream_zeros(out: Any, first: int, stop: int) -> None:
+    """Overwrites out[first:stop] with 0 without reading it; for what is large."""
+    at, place = first, out.ctypes.data
+    while at < stop and (place + at * out.itemsize) % 64:
+        out[at] = 0
+        at += 1
+    whole = stop - (stop - at) % LANES
+    for block in range(at, whole, LANES):
+        stream_zeros16(out, block)
+    out[whole:stop] = 0
+    fence()
+
+
+def _streams(size: int, itemsize: int, entries: int) -> bool:
+    """Whether zeros are better streamed: few of them will be in a cache when needed."""
+    return size * itemsize > _BEYOND_CACHE and entries * _FEW <= size
+
+
+@_jit
 def _scale_blocks(out: Any, touched: Any, scale: Any) -> None:
     """Scales the blocks of 16 that were touched, and forgets that they were."""
     for word in range(touched.size):
@@ -617,11 +641,12 @@ def aggregate(
         ValueError: some indices are not ascending in [0, n).
     """
     table = np.array([[address(i), address(v), i.size] for i, v in payloads], np.int64)
+    given = int(table[:, 2].sum())
     if out.dtype.itemsize > 2:
-        taken = _sum_wide(out, table, scale, cleared)
+        streamed = not cleared and _streams(out.size, out.dtype.itemsize, given)
+        taken = _sum_wide(out, table, scale, cleared, streamed)
     else:
         taken = _sum_narrow(out, table, scale)
-    given = int(table[:, 2].sum())
     if taken != given:
         raise ValueError(
             f"indices must ascend in [0, {out.size}), {given - taken} of {given} do not"
@@ -630,22 +655,24 @@ def aggregate(
 
 @_jit
 def _aggregate_group(
-    outs: Any, table: Any, like: Any, out_like: Any, scale: Any
+    outs: Any, table: Any, like: Any, out_like: Any, scale: Any, streamed: bool
 ) -> int:
     for each in range(outs.shape[0]):
         n = outs[each, 1]
         out = carray(pointer_to(outs[each, 0], out_like), (n,))
+        if streamed:
+            _stream_zeros(out, 0, n)
         given = table[each, :, 2].sum()
-        if _aggregate(out, 0, 0, n, table[each], like, scale, True) != given:
+        if _aggregate(out, 0, 0, n, table[each], like, scale, streamed) != given:
             return each
     return -1
 
 
 def aggregate_group(outs: Sequence[Array], table: Array, scale: float) -> int:
-    """As aggregate, for many small arrays in one call; each is all 0 already.
+    """As aggregate, for many arrays in one call and one thread.
 
     Args:
-        outs: m arrays, contiguous, all float32 or all float64.
+        outs: m arrays, contiguous, all float32 or all float64; overwritten.
         table: (m, ranks, 3) int64: addresses of indices and of values, and how many.
         scale: as for aggregate.
 
@@ -655,14 +682,21 @@ def aggregate_group(outs: Sequence[Array], table: Array, scale: float) -> int:
     places = np.array([[address(out), out.size] for out in outs], np.int64)
     like = outs[0].reshape(-1)
     factor = like.dtype.type(scale)
-    return int(_aggregate_group(places, table, _INDICES, like, factor))
+    size, entries = int(places[:, 1].sum()), int(table[:, :, 2].sum())
+    streamed = _streams(size, like.dtype.itemsize, entries)
+    return int(_aggregate_group(places, table, _INDICES, like, factor, streamed))
 
 
-def _sum_wide(out: Array, table: Array, scale: float, cleared: bool) -> int:
+def _sum_wide(
+    out: Array, table: Array, scale: float, cleared: bool, streamed: bool
+) -> int:
     factor = out.dtype.type(scale)
 
     def one_part(first: int, stop: int) -> int:
-        return int(_aggregate(out, 0, first, stop, table, _INDICES, factor, cleared))
+        if streamed:
+            _stream_zeros(out, first, stop)
+        done = cleared or streamed
+        return int(_aggregate(out, 0, first, stop, table, _INDICES, factor, done))
 
     return sum(run_parts(one_part, parts(out.size, _CHUNK)))
 

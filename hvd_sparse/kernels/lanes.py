@@ -243,6 +243,40 @@ def clear16(typingctx: Any, out: Any, at: Any) -> Any:
 
 
 @intrinsic
+def stream_zeros16(typingctx: Any, out: Any, at: Any) -> Any:
+    """Overwrites 16 elements of out with 0, past the caches.
+
+    An ordinary store reads the cache line first, which takes as long as to write it.
+    The first element is at a multiple of 64 bytes; `fence` must follow before another
+    thread reads them.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array_type = signature.args[0]
+        array, at = arguments
+        data = context.make_array(array_type)(context, builder, array).data
+        element = context.get_value_type(array_type.dtype)
+        target = _vector_at(builder, builder.gep(data, [at]), element)
+        store = builder.store(ir.Constant(target.type.pointee, None), target, align=64)
+        mark = builder.module.add_metadata([ir.Constant(_WORD, 1)])
+        store.set_metadata("nontemporal", mark)
+        return context.get_dummy_value()
+
+    return types.void(out, types.int64), codegen
+
+
+@intrinsic
+def fence(typingctx: Any) -> Any:
+    """What was streamed is in memory before anything that follows."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
 def prefetch(typingctx: Any, out: Any, at: Any) -> Any:
     """An element of out will be written soon: fetch its cache line meanwhile."""
 

@@ -13,8 +13,10 @@ Horovod calls `compress` with a gradient, reduces what it returns, and calls
 `decompress` with the result. So `compress` sends the gradient on its path and returns
 two numbers for Horovod to reduce, and `decompress` receives it. From what became of the
 two numbers it learns the op, which Horovod does not tell. Most gradients wait until the
-last one of their batch is there, and are then sent together. From then on the gradient,
-whose place the result will take, is all zeros.
+last one of their batch is there, and are then sent together.
+
+Until `synchronize()` or `step()` a gradient stays what the backward pass made it, and
+may be read. Then the result takes its place: to write there in between is an error.
 """
 
 import threading
@@ -42,12 +44,14 @@ from hvd_sparse.torch.exchanges import (
     horovod,
     waits_for_peers,
 )
-from hvd_sparse.torch.names import ParameterNames, find_caller
+from hvd_sparse.torch.names import Caller, ParameterNames, find_caller
+from hvd_sparse.torch.places import Place, Places
 from hvd_sparse.torch.states import as_tensors, viewed
 from hvd_sparse.watchdog import Watchdog
 
 Tensor = torch.Tensor
 
+_COPIED = 1 << 20  # bytes of a gradient that goes dense: no more than that are copied
 _REDUCIBLE = (torch.float16, torch.float32, torch.float64)  # by Horovod 0.28.1
 
 
@@ -57,19 +61,17 @@ class Context:
 
     Attributes:
         name: of its parameter.
-        gradient: what Horovod gave; the result is written into it.
-        dense: the gradient itself is reduced by Horovod.
+        place: where the gradient is.
+        dense: it is reduced by Horovod.
         flight: None until it is on its way.
-        array: the gradient as the path sees it, from then on.
-        version: of the gradient then; another one: somebody wrote into it since.
+        result: None until it is there.
     """
 
     name: str
-    gradient: Tensor
+    place: Place
     dense: bool = False
     flight: Flight | None = None
-    array: Any = None
-    version: int = 0
+    result: Tensor | None = None
 
     @property
     def sent(self) -> Flight:
@@ -79,9 +81,9 @@ class Context:
         return self.flight
 
     @property
-    def untouched(self) -> bool:
-        """Nobody wrote into the gradient since it was sent."""
-        return self.gradient._version == self.version
+    def array(self) -> Any:
+        """The gradient as the path sees it."""
+        return viewed(self.place.memory)
 
 
 def forgotten(name: str) -> ExchangeError:
@@ -89,6 +91,15 @@ def forgotten(name: str) -> ExchangeError:
     return ExchangeError(
         f"{name}: is not on its way: a state was loaded between the backward pass and "
         "the optimizer's step"
+    )
+
+
+def changed(name: str) -> ValueError:
+    """What to raise where the result would overwrite what somebody wrote."""
+    return ValueError(
+        f"{name}: its gradient was changed after it was sent; call "
+        "optimizer.synchronize() before you change gradients, and optimizer.step() "
+        "within optimizer.skip_synchronize()"
     )
 
 
@@ -159,6 +170,7 @@ class SparseCompressor:
         self._names = ParameterNames(named_parameters)
         self._under_way: dict[str, Context] = {}
         self._waiting: dict[str, Context] = {}  # for the last one of their batch
+        self._places = Places()
         self._planned = False
         self._optimizer: weakref.ref[Any] | None = None
         self._adviser = Adviser(advise, sparsifier)
@@ -187,43 +199,54 @@ class SparseCompressor:
         Raises:
             TypeError: the gradient is not floating.
             ValueError: op is Adasum, the parameter is unknown, its gradient changed its
-                shape, the optimizer is another than before, or the state of elastic
-                training does not have this compressor.
+                shape, one that waits was changed, the optimizer is another than before,
+                or the state of elastic training does not have this compressor.
         """
-        if tensor.requires_grad:
-            raise ValueError(
-                "op=Adasum is not supported: it combines weights, not gradients; use "
-                "op=hvd.Average or hvd.Sum"
-            )
         with self._lock:
             caller = find_caller(depth=1)
+            self._check_gradient(tensor, caller)
             if caller is not None:
                 self._check_optimizer(caller.optimizer)
             if self._elastic and not self._shutdown.recovers:
                 self._shutdown.recovers = elastic.covers(self)
-            name = self._names.find(tensor, caller)
+            name, parameter = self._names.find(tensor, caller)
             if caller is not None and not self._planned:
                 self._plan(caller.optimizer)
-            return self._send(name, tensor)
+            return self._send(name, tensor, parameter)
+
+    def _check_gradient(self, tensor: Tensor, caller: Caller | None) -> None:
+        """Adasum gives weights: the parameter itself."""
+        given = None if caller is None else caller.parameter
+        if tensor is given or tensor in self._names:
+            raise ValueError(
+                "op=Adasum is not supported: it combines weights, not gradients; use "
+                "op=hvd.Average or hvd.Sum"
+            )
 
     def decompress(self, tensor: Tensor, ctx: Context | None) -> Tensor:
         """Receive the gradient that was sent; `tensor` is what Horovod reduced.
 
         Returns:
-            The gradient's own tensor, overwritten with the mean or sum over ranks.
+            The gradient's own tensor, overwritten with the mean or sum over ranks;
+            another where its memory is needed by others.
 
         Raises:
             ExchangeError: a peer disagrees, or did not arrive before Horovod was shut
                 down. What was sent is back in the residual.
+            ValueError: the gradient was changed after it was sent.
         """
         if ctx is None:  # a sparse gradient: Horovod gathers its rows itself
             return tensor
         with self._lock:
-            if ctx.dense:
-                self._receive_dense(tensor, ctx)
-            elif ctx.name in self._waiting or ctx.sent.tensor.in_flight:
-                self._receive(tensor, ctx)
-            return ctx.gradient  # received, some with the first of their batch
+            if ctx.result is None:  # some were received with the first of their batch
+                if not ctx.place.settled:
+                    Places.settle()
+                if ctx.dense:
+                    self._receive_dense(tensor, ctx)
+                else:
+                    self._receive(tensor, ctx)
+            assert ctx.result is not None
+            return ctx.place.seen(ctx.result)
 
     # ---------------------------------------------------------------------- there
 
@@ -239,20 +262,21 @@ class SparseCompressor:
         )
         self._planned = True
 
-    def _send(self, name: str, gradient: Tensor) -> tuple[Tensor, Context]:
+    def _send(
+        self, name: str, gradient: Tensor, parameter: Tensor
+    ) -> tuple[Tensor, Context]:
         """As little as can be: what the backward pass has in cache stays there."""
         known = self._path.tensors.get(name)
         if known is None or known.dense or known.shape != gradient.shape:
             known = self._path.admit(name, viewed(gradient))
         self._watchdog.sent(name, known.header.step)
+        self._give_up(name, gradient)
+        holder = parameter if parameter.grad is gradient else None
+        context = Context(name, self._places.enter(gradient, holder), known.dense)
+        self._under_way[name] = context
         if known.dense:
-            return self._send_dense(name, gradient), Context(name, gradient, dense=True)
-        if known.in_flight:  # its result was never asked for: a step was given up
-            self._path.recall(self._under_way[name].sent)
-        if name in self._waiting:
-            self._keep(self._waiting.pop(name), gradient)
+            return self._send_dense(context), context
         due = self._carrier.announce(name)
-        context = self._under_way[name] = Context(name, gradient)
         if known.grouped and self._carrier.batched and gradient.is_contiguous():
             self._waiting[name] = context
         else:
@@ -260,9 +284,20 @@ class SparseCompressor:
         self._send_together(due)
         return self._carrier.to_reduce(name), context
 
+    def _give_up(self, name: str, gradient: Tensor) -> None:
+        """The step of an earlier gradient, whose result was never asked for."""
+        context = self._under_way.pop(name, None)
+        if context is None:
+            return
+        self._places.leave(context.place)
+        if self._waiting.pop(name, None) is not None:
+            self._keep(context, gradient)
+        elif context.flight is not None:
+            self._path.recall(context.flight)
+
     def _keep(self, waiting: Context, gradient: Tensor) -> None:
-        """Of a step that was given up, unless the next gradient took its memory."""
-        earlier = viewed(waiting.gradient)
+        """Unless the next gradient took its memory."""
+        earlier = waiting.array
         if not np.may_share_memory(earlier, viewed(gradient)):
             self._together.keep(self._path.admit(waiting.name, earlier), earlier)
 
@@ -272,14 +307,15 @@ class SparseCompressor:
         known = []
         try:
             for context in contexts:
-                context.array = viewed(context.gradient)
+                if context.place.changed:
+                    raise changed(context.name)
                 known.append(self._path.admit(context.name, context.array))
             flights = self._together.send(known, [c.array for c in contexts])
         except BaseException:
             self._abandon(contexts)
             raise
         for context, flight in zip(contexts, flights, strict=True):
-            context.flight, context.version = flight, context.gradient._version
+            context.flight = flight
             del self._waiting[context.name]
 
     def _abandon(self, contexts: list[Context]) -> None:
@@ -287,23 +323,36 @@ class SparseCompressor:
         for context in contexts:
             del self._waiting[context.name]
             self._carrier.abandon(context.name)
-            array = viewed(context.gradient)
-            with suppress(TypeError, ValueError):
-                self._together.keep(self._path.admit(context.name, array), array)
+            self._forget(context)
+            if not context.place.changed:
+                with suppress(TypeError, ValueError):
+                    known = self._path.admit(context.name, context.array)
+                    self._together.keep(known, context.array)
 
     def _send_alone(self, context: Context) -> None:
-        context.array = viewed(context.gradient)
-        context.flight = self._path.send(context.name, context.array, in_place=True)
-        context.version = context.gradient._version
+        context.flight = self._path.send(context.name, context.array)
 
-    def _send_dense(self, name: str, gradient: Tensor) -> Tensor:
-        """The gradient as Horovod can reduce it, with what may still wait of it."""
-        waiting = self._path.memory.residuals.pop(name, None)
+    def _send_dense(self, context: Context) -> Tensor:
+        """The gradient as Horovod can reduce it, with what may still wait of it.
+
+        Horovod reduces in place. Where that is not too much a copy, so that a gradient
+        may be read and share its memory.
+        """
+        gradient = context.place.memory
+        waiting = self._path.memory.residuals.pop(context.name, None)
         if waiting is not None:  # it went sparse while there were fewer ranks
-            gradient += torch.as_tensor(waiting).view_as(gradient).to(gradient.dtype)
+            rest = torch.as_tensor(waiting).view_as(gradient)
+            gradient = gradient + rest.to(gradient)
         if gradient.dtype not in _REDUCIBLE:
             return gradient.float().contiguous()
-        return gradient.contiguous()
+        reduced = gradient.contiguous()
+        if reduced is not context.place.memory:
+            return reduced
+        small = reduced.numel() * reduced.element_size() <= _COPIED
+        if small or not self._places.may_give_way(context.place):
+            return reduced.clone()
+        context.place.reduced = context.name
+        return reduced
 
     # ------------------------------------------------------------------- and back
 
@@ -312,6 +361,8 @@ class SparseCompressor:
         try:
             self._send_together(sorted(self._waiting))  # their batches lack a member
             flight = ctx.sent
+            if ctx.place.changed:
+                raise changed(ctx.name)
             self._path.op = self._found(self._carrier.reduced(flight.handle, reduced))
             if batch := self._receive_batch(flight):
                 arrived = batch
@@ -325,16 +376,17 @@ class SparseCompressor:
             raise  # elastic training recovers from Horovod's own error alone
         finally:
             for context in arrived:
-                self._forget(context.name)
+                self._forget(context)
         sent, received = self._carrier.bytes_beside(reduced, len(arrived))
         self.traffic.overhead_sent_bytes += sent
         self.traffic.overhead_received_bytes += received
         self.traffic.steps = max(self.traffic.steps, flight.tensor.header.step)
 
-    def _forget(self, name: str) -> None:
+    def _forget(self, context: Context) -> None:
         """It is not under way any more; what is there holds the gradient alive."""
-        self._under_way.pop(name, None)
-        self._watchdog.received(name)
+        self._under_way.pop(context.name, None)
+        self._places.leave(context.place)
+        self._watchdog.received(context.name)
 
     def _receive_batch(self, flight: Flight) -> list[Context]:
         """Receive all that it arrived with, where that can be; returns what it was."""
@@ -342,36 +394,39 @@ class SparseCompressor:
             return []
         arrival = self._carrier.arrive(flight.handle)
         contexts = [c for n in arrival.names if (c := self._under_way.get(n))]
-        done = (
-            len(contexts) == len(arrival.names)  # none was received alone
-            and all(context.untouched for context in contexts)
-            and self._together.receive(
-                [c.sent for c in contexts], [c.array for c in contexts], arrival.buffer
-            )
-        )
-        if not done:
+        if len(contexts) != len(arrival.names):  # some were received alone
             return []
+        if any(context.place.changed for context in contexts):
+            return []
+        results = [self._places.result(context.place) for context in contexts]
+        if not self._together.receive(
+            [c.sent for c in contexts], [viewed(r) for r in results], arrival.buffer
+        ):
+            return []
+        for context, result in zip(contexts, results, strict=True):
+            context.result = result
         self._carrier.drop(arrival)
         return contexts
 
     def _receive_alone(self, ctx: Context, flight: Flight) -> None:
-        gradient = ctx.gradient
-        if not ctx.untouched:
-            flight = flight._replace(cleared=False)
-        if gradient.is_contiguous():
-            self._path.receive(flight, ctx.array)
+        result = self._places.result(ctx.place)
+        if result.is_contiguous():
+            self._path.receive(flight, viewed(result))
         else:
-            out = gradient.contiguous()
-            self._path.receive(flight, viewed(out))
-            gradient.copy_(out)
+            flat = torch.empty_like(result, memory_format=torch.contiguous_format)
+            self._path.receive(flight, viewed(flat))
+            result.copy_(flat)
+        ctx.result = result
 
     def _receive_dense(self, reduced: Tensor, ctx: Context) -> None:
-        self._forget(ctx.name)
+        result = self._places.result(ctx.place)
+        self._forget(ctx)
         known = self._path.tensors.get(ctx.name)
         if known is None:
             raise forgotten(ctx.name)
-        if reduced is not ctx.gradient:
-            ctx.gradient.copy_(reduced)
+        if ctx.place.changed:
+            raise changed(ctx.name)
+        ctx.result = reduced if reduced is result else result.copy_(reduced)
         known.at_step(known.header.step + 1)
         wire_bytes = reduced.numel() * reduced.element_size()
         self._path.count(known, reduced.numel(), wire_bytes, wire_bytes)
@@ -452,6 +507,7 @@ class SparseCompressor:
             context.flight = None
         self._under_way.clear()
         self._waiting.clear()
+        self._places.clear()
         self._carrier.forget()
         self._planned = False  # routes depend on the number of ranks
         self._watchdog.forget()

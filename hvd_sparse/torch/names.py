@@ -7,6 +7,7 @@ identity tells; where Horovod made a new tensor of it, the caller's frame does.
 
 import sys
 from collections.abc import Iterable
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -33,8 +34,8 @@ class ParameterNames:
                 )
             self._names[parameter] = name
 
-    def find(self, gradient: Tensor, caller: "Caller | None") -> str:
-        """The name of the parameter whose gradient this is.
+    def find(self, gradient: Tensor, caller: "Caller | None") -> tuple[str, Tensor]:
+        """The name of the parameter whose gradient this is, and the parameter.
 
         Args:
             gradient: what the compressor was given.
@@ -51,13 +52,21 @@ class ParameterNames:
         if parameter is None and caller is not None:
             parameter = caller.parameter
         name = None if parameter is None else self._names.get(parameter)
-        if name is None:
+        if name is None or parameter is None:
             raise ValueError(
                 f"a gradient of shape {tuple(gradient.shape)} belongs to no parameter "
                 "that SparseCompressor knows: give it "
                 "named_parameters=model.named_parameters()"
             )
-        return name
+        return name, parameter
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        """Whether it is a parameter, and no gradient."""
+        return tensor in self._names
+
+    def add(self, parameter: Tensor, name: str) -> None:
+        """A parameter that joined its optimizer later."""
+        self._names[parameter] = name
 
     def of(self, optimizer: Any) -> dict[Tensor, str]:
         """Per parameter, its name; those of the optimizer unless others were given."""
@@ -80,10 +89,30 @@ class Caller(NamedTuple):
     Attributes:
         optimizer: has _parameter_names.
         parameter: None if not known.
+        frame: of its method.
     """
 
     optimizer: Any
     parameter: Tensor | None
+    frame: FrameType
+
+    @property
+    def synchronizing(self) -> bool:
+        """All gradients of this step that will be sent by themselves have been."""
+        return self._called_by("synchronize") is not None
+
+    @property
+    def steps_with_closure(self) -> bool:
+        """The gradients of this step have not been computed: a closure will do that."""
+        frame = self._called_by("synchronize")
+        frame = None if frame is None else frame.f_back
+        if frame is None or frame.f_code.co_name != "step":
+            return False
+        return frame.f_locals.get("closure") is not None
+
+    def _called_by(self, method: str) -> FrameType | None:
+        frame = self.frame.f_back
+        return frame if frame is not None and frame.f_code.co_name == method else None
 
 
 def find_caller(depth: int) -> Caller | None:
@@ -94,6 +123,6 @@ def find_caller(depth: int) -> Caller | None:
             return None
         local = frame.f_locals
         if hasattr(local.get("self"), "_parameter_names"):
-            return Caller(local["self"], local.get("p"))
+            return Caller(local["self"], local.get("p"), frame)
         frame = frame.f_back  # type: ignore[assignment]  # None at the top
     return None

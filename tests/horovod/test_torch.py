@@ -226,20 +226,144 @@ def test_embedding_gradients_beside_others_do_not_hold_up_their_batch():
     assert set(compression.traffic.tensors) == {"1.weight", "1.bias"}
 
 
-@pytest.mark.transport
+# ------------------------------------------------ gradients from backward to step
+
+
+READ = [TopK(0.05), TopK(1.0), RandomK(0.1), SignTopK(0.05), Threshold(0.05)]
+
+
+@pytest.mark.parametrize("dense", [Never(), WhenCheaper()], ids=repr)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sparsifier", READ, ids=repr)
+def test_a_gradient_can_be_read_until_its_result_is_asked_for(sparsifier, dtype, dense):
+    model, twin = perceptron(dtype), perceptron(dtype)
+    optimizer = wrap(model, compressor(model, sparsifier, dense=dense))
+    for each in (model, twin):
+        loss_of(each, 0, dtype).backward()
+    own = [p.grad for p in twin.parameters()]
+    for mine, parameter in zip(own, model.parameters(), strict=True):
+        assert torch.equal(parameter.grad, mine)
+    optimizer.synchronize()
+    found = [p.grad for p in model.parameters()]
+    assert not all(map(torch.equal, found, own))
+    assert len(set(gather(str([g.tolist() for g in found])))) == 1
+
+
 @pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
-def test_what_is_written_into_a_gradient_under_way_is_overwritten(carrier):
-    results = []
-    for touched in (False, True):
-        model = perceptron()
-        optimizer = wrap(model, compressor(model, exchange=carrier))
-        loss_of(model, 0).backward()
-        if touched:
-            for parameter in model.parameters():
-                parameter.grad.add_(1.0)
+def test_a_gradient_can_be_read_where_it_is_embedded_too(carrier):
+    parameter = nn.Parameter(torch.zeros(1000))
+    named = [("p", parameter)]
+    compression = SparseCompressor(
+        TopK(0.01), named_parameters=named, exchange=carrier, dense=Never()
+    )
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD([parameter], lr=1.0),
+        named_parameters=named,
+        compression=compression,
+    )
+    gradient = torch.randn(1000)
+    (parameter * gradient).sum().backward()
+    assert torch.equal(parameter.grad, gradient)
+    optimizer.step()
+    assert parameter.grad.count_nonzero() == 10
+
+
+def added(parameter):
+    parameter.grad.add_(1.0)
+
+
+def clipped(parameter):
+    nn.utils.clip_grad_norm_([parameter], 1e-3)
+
+
+def replaced(parameter):
+    parameter.grad = parameter.grad / 2
+
+
+def part_written(parameter):
+    parameter.grad.view(-1)[0] = 7.0
+
+
+@pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
+@pytest.mark.parametrize("dense", [Never(), WhenCheaper()], ids=repr)
+@pytest.mark.parametrize("write", [added, clipped, replaced, part_written])
+def test_writing_into_a_gradient_under_way_is_an_error_with_its_name(
+    write, dense, carrier
+):
+    model = perceptron()
+    density = 1.0 if dense == WhenCheaper() else 0.05
+    compression = compressor(model, TopK(density), exchange=carrier, dense=dense)
+    optimizer = wrap(model, compression)
+    loss_of(model, 0).backward()
+    write(model[2].weight)
+    with pytest.raises(
+        ValueError, match=r"2\.weight: its gradient was changed after it"
+    ):
+        optimizer.step()
+
+
+@pytest.mark.ranks
+def test_a_gradient_that_waits_and_is_written_to_is_an_error_with_its_name():
+    named = {name: nn.Parameter(torch.zeros(8)) for name in "pq"}
+    compression = SparseCompressor(
+        TopK(0.5), named_parameters=named.items(), dense=Never()
+    )
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(named.values(), lr=1.0),
+        named_parameters=named.items(),
+        compression=compression,
+    )
+    (named["p"] * torch.arange(8.0)).sum().backward()  # q is missing: it waits for it
+    named["p"].grad.mul_(0.5)
+    with pytest.raises(
+        ValueError, match="p: its gradient was changed after it was sent"
+    ):
         optimizer.synchronize()
-        results.append(torch.cat([p.grad.reshape(-1) for p in model.parameters()]))
-    assert torch.equal(*results)
+
+
+@pytest.mark.ranks
+def test_clipping_between_synchronize_and_step_is_what_it_was():
+    norms = []
+    for compression in (hvd.Compression.none, None):
+        model = perceptron()
+        optimizer = wrap(model, compression or compressor(model, TopK(1.0)))
+        clipping(model, optimizer)
+        norms.append(weights(model))
+    torch.testing.assert_close(*norms, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.ranks
+def test_gradients_that_are_parts_of_one_buffer_get_their_results_there():
+    model = perceptron()
+    compression = compressor(model, TopK(0.5))
+    optimizer = wrap(model, compression)
+    buffer = torch.zeros(sum(p.numel() for p in model.parameters()))
+    at = 0
+    for p in model.parameters():
+        p.grad = buffer[at : at + p.numel()].view_as(p)
+        at += p.numel()
+    for step in range(3):
+        buffer.zero_()  # all at once, so that gradients are added to in place
+        loss_of(model, step).backward()
+        optimizer.step()
+        found = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+        assert torch.equal(found, buffer)
+    assert replicas_agree(model)
+    assert buffer.count_nonzero() > 0
+
+
+def test_writing_into_a_part_of_one_buffer_under_way_is_an_error():
+    model = nn.Linear(6, 3, bias=False)
+    optimizer = wrap(model, compressor(model, TopK(0.5)))
+    buffer = torch.zeros(20)
+    model.weight.grad = buffer[1:19].view(3, 6)
+    loss_of(model, 0).backward()
+    buffer[19] = 5.0  # nobody's
+    optimizer.step()
+    loss_of(model, 1).backward()
+    buffer[5] = 5.0
+    with pytest.raises(ValueError, match="weight: its gradient was changed after it"):
+        optimizer.step()
 
 
 # -------------------------------------------------- laws 1 and 6: nothing is lost
