@@ -1,5 +1,6 @@
 """SparseCompressor in a real hvd.DistributedOptimizer; 2 ranks or more."""
 
+import contextlib
 import copy
 import gc
 import logging
@@ -364,6 +365,204 @@ def test_writing_into_a_part_of_one_buffer_under_way_is_an_error():
     buffer[5] = 5.0
     with pytest.raises(ValueError, match="weight: its gradient was changed after it"):
         optimizer.step()
+
+
+# ------------------------------------------------------- law 10: memory is shared
+
+
+def autograds_views(p, q, scale):
+    p.grad = q.grad = None
+    (
+        (p.view(2, 4) + q.view(2, 4)) * scale * torch.arange(8.0).view(2, 4)
+    ).sum().backward()
+    assert p.grad.data_ptr() == q.grad.data_ptr()
+
+
+def parts_of_autograds(p, q, scale):
+    p.grad = q.grad = None
+    (torch.cat([p, q]) * scale * torch.arange(16.0)).sum().backward()
+
+
+def one_tensor(p, q, scale):
+    p.grad = q.grad = scale * torch.arange(8.0)
+
+
+def overlapping_views(p, q, scale):
+    both = scale * torch.arange(12.0)
+    p.grad, q.grad = both[:8], both[4:]
+
+
+def nested_views(p, q, scale):
+    both = scale * torch.arange(16.0)
+    p.grad, q.grad = both[:8], both[::2]
+
+
+def stride_0(p, q, scale):
+    p.grad, q.grad = torch.full((1,), scale).expand(8), torch.full((8,), scale)
+
+
+def overlapping_itself(p, q, scale):
+    p.grad, q.grad = (scale * torch.arange(8.0)).as_strided((8,), (0,)), torch.ones(8)
+
+
+SHARED = [
+    autograds_views,
+    parts_of_autograds,
+    one_tensor,
+    overlapping_views,
+    nested_views,
+    stride_0,
+    overlapping_itself,
+]
+
+
+def pair(compression_of, sizes=(8, 8), **options):
+    """Two parameters in one optimizer, and the compressor."""
+    named = {
+        name: nn.Parameter(torch.zeros(n)) for name, n in zip("pq", sizes, strict=True)
+    }
+    compression = compression_of(named.items())
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(named.values(), lr=1.0),
+        named_parameters=named.items(),
+        compression=compression,
+        **options,
+    )
+    return *named.values(), optimizer, compression
+
+
+@pytest.mark.ranks
+@pytest.mark.transport
+@pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
+@pytest.mark.parametrize("dense", [Never(), WhenCheaper()], ids=repr)
+@pytest.mark.parametrize("share", SHARED)
+def test_results_are_right_where_gradients_share_memory(share, dense, carrier):
+    p, q, optimizer, _ = pair(
+        lambda named: SparseCompressor(
+            TopK(1.0), named_parameters=named, dense=dense, exchange=carrier
+        )
+    )
+    moved = torch.zeros(2, 8)
+    for step in range(2):
+        share(p, q, float(hvd.rank() + 1 + step))
+        own = torch.stack([p.grad, q.grad])
+        means = hvd.allreduce(own, op=hvd.Average, name="means")
+        optimizer.step()
+        assert torch.equal(torch.stack([p.grad, q.grad]), means)
+        moved -= means
+    assert torch.equal(torch.stack([p, q]), moved)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("share", SHARED)
+def test_nothing_is_lost_where_gradients_share_memory(share):
+    p, q, optimizer, compression = pair(
+        lambda named: SparseCompressor(
+            TopK(0.25), named_parameters=named, dense=Never()
+        ),
+        op=hvd.Sum,
+    )
+    given, back = torch.zeros(2, 8), torch.zeros(2, 8)
+    for step in range(3):
+        share(p, q, float(hvd.rank() + 1 + step))
+        given += torch.stack([p.grad, q.grad])
+        optimizer.step()
+        back += torch.stack([p.grad, q.grad])
+    saved = compression.state_dict()["tensors"]
+    rest = torch.stack([saved[name]["residual"] for name in "pq"])
+    assert torch.equal(hvd.allreduce(given - rest, op=hvd.Sum, name="sent"), back)
+
+
+@pytest.mark.ranks
+def test_gradients_of_many_elements_that_go_dense_do_not_share_either():
+    n = 1 << 19
+    p, q, optimizer, _ = pair(
+        lambda named: SparseCompressor(TopK(1.0), named_parameters=named), (n, n)
+    )
+    whole = torch.arange(2.0 * n)
+    p.grad, q.grad = whole[:n], whole[n:]  # neighbours
+    optimizer.step()
+    assert torch.equal(torch.cat([p.grad, q.grad]), whole)
+    p.grad = q.grad = torch.ones(n)
+    with pytest.raises(
+        ValueError, match=r"[pq]: Horovod reduces its gradient in place"
+    ):
+        optimizer.step()
+
+
+@pytest.mark.ranks
+def test_a_parameter_that_is_its_own_gradient_is_not_overwritten():
+    p, q, optimizer, _ = pair(
+        lambda named: SparseCompressor(
+            TopK(1.0), named_parameters=named, dense=Never()
+        ),
+        op=hvd.Sum,
+    )
+    p.data, q.data = torch.arange(8.0), torch.arange(8.0)
+    p.grad, q.grad = p.detach(), q.detach().clone()
+    optimizer.step()
+    assert torch.equal(p, (1 - hvd.size()) * torch.arange(8.0))
+    assert torch.equal(p, q)
+
+
+def over_one_parameter(kind, sizes, dense):
+    """Two optimizers over p; each has a parameter that no loss uses beside it."""
+    p = nn.Parameter(torch.zeros(sizes))
+    optimizers, compressions = [], []
+    for i, prefix in enumerate("ab"):
+        named = {"p": p, f"{prefix}.unused": nn.Parameter(torch.zeros(3))}
+        compressions.append(
+            SparseCompressor(
+                kind, named_parameters=named.items(), prefix=prefix, dense=dense
+            )
+        )
+        optimizers.append(
+            hvd.DistributedOptimizer(
+                torch.optim.SGD(named.values(), lr=10.0**i),
+                named_parameters=[(f"{prefix}.{n}", v) for n, v in named.items()],
+                compression=compressions[-1],
+            )
+        )
+    return p, optimizers, compressions
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("dense", [Never(), WhenCheaper()], ids=repr)
+@pytest.mark.parametrize("order", ["steps", "steps, last first", "both, then steps"])
+def test_two_optimizers_over_one_parameter_have_a_residual_each(order, dense):
+    p, optimizers, compressions = over_one_parameter(TopK(1.0), 8, dense)
+    mean = (hvd.size() + 1) / 2 * torch.arange(8.0)
+    for step in range(1, 4):
+        p.grad = None
+        (p * torch.arange(8.0) * (hvd.rank() + 1)).sum().backward()
+        if order == "both, then steps":
+            for optimizer in optimizers:
+                optimizer.synchronize()
+                assert torch.equal(p.grad, mean)
+        for optimizer in optimizers[:: -1 if "last" in order else 1]:
+            with (
+                optimizer.skip_synchronize()
+                if order == "both, then steps"
+                else contextlib.nullcontext()
+            ):
+                optimizer.step()
+            assert torch.equal(p.grad, mean)
+        torch.testing.assert_close(p.detach(), -11 * step * mean)
+    if dense == Never():
+        for compression in compressions:
+            assert not compression.state_dict()["tensors"]["p"]["residual"].any()
+
+
+@pytest.mark.ranks
+def test_what_is_done_to_one_optimizers_result_is_no_matter_to_the_others():
+    p, (first, second), _ = over_one_parameter(TopK(1.0), 8, Never())
+    (p * torch.arange(8.0)).sum().backward()
+    first.synchronize()
+    nn.utils.clip_grad_norm_([p], 1e-3)
+    with first.skip_synchronize():
+        first.step()
+    second.synchronize()
+    assert torch.equal(p.grad, torch.arange(8.0))
 
 
 # -------------------------------------------------- laws 1 and 6: nothing is lost
