@@ -92,6 +92,10 @@ class _HorovodExchange:
         """Nothing is on its way, and the process set may be another."""
         self._place = None
 
+    def nothing(self) -> Tensor:
+        """What Horovod reduces where no rank sends a payload: zeros."""
+        return torch.zeros(elastic.elements_beside(self.size))
+
     def start_dense(self, name: str, gradient: Array) -> Any:
         """Not called: SparseCompressor gives Horovod such gradients themselves."""
         raise NotImplementedError("Horovod reduces dense tensors itself")
@@ -157,7 +161,9 @@ class Arrival:
             self._payloads = split(self.buffer, each=each, padded=padded)
         if len(self._payloads) != ranks * each:
             raise PayloadError(
-                f"{len(self._payloads)} payloads, expected {each} of each rank"
+                f"{name}: {len(self._payloads)} payloads came of those that travel "
+                f"together, expected {each} of each rank; is one of these parameters "
+                "frozen on some ranks only?"
             )
         return self._payloads[self.names.index(name) :: each]
 
@@ -307,9 +313,11 @@ class GatheredExchange(_HorovodExchange):
 
     def reduced(self, handle: str, result: Tensor) -> Op:
         """The op that made this of the numbers."""
-        del handle
         total, first, *_ = result.tolist()
-        return _op_of(total, first, size=self.size)
+        try:
+            return _op_of(total, first, size=self.size)
+        except ValueError as error:
+            raise ValueError(f"{handle}: {error}") from None
 
     def bytes_beside(self, reduced: Tensor, tensors: int) -> tuple[int, int]:
         """Bytes sent and received that the path does not count: not of a payload.
@@ -396,5 +404,6 @@ def _op_of(total: float, first: float, *, size: int) -> Op:
     if abs(total - 1) < close and abs(first - 1 / size) < close:
         return Average
     raise ValueError(
-        f"op must be Average or Sum, but of {size} ones Horovod made {total:g}"
+        "op must be Average or Sum, and requires_grad the same on every rank, but of "
+        f"{size} ones Horovod made {total:g}"
     )

@@ -36,6 +36,7 @@ from hvd_sparse.core.path import Flight, GradientPath
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.together import Together
 from hvd_sparse.core.traffic import Traffic
+from hvd_sparse.kernels import host, kernels_for
 from hvd_sparse.torch import elastic
 from hvd_sparse.torch.advice import advise
 from hvd_sparse.torch.exchanges import (
@@ -46,7 +47,8 @@ from hvd_sparse.torch.exchanges import (
 )
 from hvd_sparse.torch.names import Caller, ParameterNames, find_caller
 from hvd_sparse.torch.places import Place, Places
-from hvd_sparse.torch.states import as_tensors, viewed
+from hvd_sparse.torch.states import as_tensors, on_host, viewed
+from hvd_sparse.torch.wrapped import enlist, exchanging, is_frozen
 from hvd_sparse.watchdog import Watchdog
 
 Tensor = torch.Tensor
@@ -84,6 +86,19 @@ class Context:
     def array(self) -> Any:
         """The gradient as the path sees it."""
         return viewed(self.place.memory)
+
+
+@dataclass(slots=True)
+class Idle:
+    """In place of a Context: no rank sends anything of this parameter.
+
+    Attributes:
+        name: of the parameter.
+        gradient: stays as it is.
+    """
+
+    name: str
+    gradient: Tensor
 
 
 def forgotten(name: str) -> ExchangeError:
@@ -172,6 +187,7 @@ class SparseCompressor:
         self._waiting: dict[str, Context] = {}  # for the last one of their batch
         self._places = Places()
         self._planned = False
+        self._before_closure = False
         self._optimizer: weakref.ref[Any] | None = None
         self._adviser = Adviser(advise, sparsifier)
         self._elastic = elastic.is_elastic()
@@ -187,13 +203,20 @@ class SparseCompressor:
         horovod()
         elastic.register(SparseCompressor)
 
+    def __reduce__(self) -> Any:
+        """Not to be copied or pickled: a copy would send the same residuals again."""
+        raise TypeError(
+            "SparseCompressor can not be copied or pickled, it serves one optimizer: "
+            "make another, or save its state_dict()"
+        )
+
     def __repr__(self) -> str:
         """What was chosen."""
         return f"SparseCompressor({self._path.configuration})"
 
     # ------------------------------------------------------------- called by Horovod
 
-    def compress(self, tensor: Tensor) -> tuple[Tensor, Context]:
+    def compress(self, tensor: Tensor) -> tuple[Tensor, Context | Idle]:
         """Send a gradient on its path; returns what Horovod is to reduce.
 
         Raises:
@@ -206,13 +229,38 @@ class SparseCompressor:
             caller = find_caller(depth=1)
             self._check_gradient(tensor, caller)
             if caller is not None:
-                self._check_optimizer(caller.optimizer)
+                self._check_optimizer(caller)
             if self._elastic and not self._shutdown.recovers:
                 self._shutdown.recovers = elastic.covers(self)
             name, parameter = self._names.find(tensor, caller)
-            if caller is not None and not self._planned:
-                self._plan(caller.optimizer)
+            if caller is not None and not self._under_way:
+                self._begin(caller)
+            if caller is not None and self._is_idle(caller, parameter):
+                return self._carrier.nothing(), Idle(name, tensor)
             return self._send(name, tensor, parameter)
+
+    def _begin(self, caller: Caller) -> None:
+        """The first gradient of a step."""
+        joined = enlist(caller.optimizer, self._names)
+        if joined and caller.synchronizing:  # too late for this time
+            raise ValueError(
+                f"{joined[0]}: joined the optimizer after hvd.DistributedOptimizer was "
+                "made, and its gradient is not sent in this step; in this first one "
+                "call optimizer.step() without optimizer.synchronize() before"
+            )
+        if not self._planned:
+            self._plan(caller.optimizer)
+
+    def _is_idle(self, caller: Caller, parameter: Tensor) -> bool:
+        """Whether there is nothing to send, nor would the result be of use.
+
+        Of a parameter that is frozen, whose residual waits until it is thawed, and
+        before a closure has computed gradients.
+        """
+        if is_frozen(caller.optimizer, parameter):
+            return True
+        self._before_closure = self._before_closure and caller.steps_with_closure
+        return self._before_closure
 
     def _check_gradient(self, tensor: Tensor, caller: Caller | None) -> None:
         """Adasum gives weights: the parameter itself."""
@@ -223,7 +271,7 @@ class SparseCompressor:
                 "op=hvd.Average or hvd.Sum"
             )
 
-    def decompress(self, tensor: Tensor, ctx: Context | None) -> Tensor:
+    def decompress(self, tensor: Tensor, ctx: Context | Idle | None) -> Tensor:
         """Receive the gradient that was sent; `tensor` is what Horovod reduced.
 
         Returns:
@@ -237,6 +285,8 @@ class SparseCompressor:
         """
         if ctx is None:  # a sparse gradient: Horovod gathers its rows itself
             return tensor
+        if isinstance(ctx, Idle):
+            return self._receive_nothing(tensor, ctx)
         with self._lock:
             if ctx.result is None:  # some were received with the first of their batch
                 if not ctx.place.settled:
@@ -418,6 +468,17 @@ class SparseCompressor:
             result.copy_(flat)
         ctx.result = result
 
+    def _receive_nothing(self, reduced: Tensor, ctx: Idle) -> Tensor:
+        if reduced.any():
+            raise ExchangeError(
+                f"{ctx.name}: is frozen on this rank (requires_grad is False), but "
+                "another sent its gradient"
+            )
+        wire_bytes = reduced.numel() * reduced.element_size()
+        self.traffic.overhead_sent_bytes += wire_bytes
+        self.traffic.overhead_received_bytes += wire_bytes
+        return ctx.gradient
+
     def _receive_dense(self, reduced: Tensor, ctx: Context) -> None:
         result = self._places.result(ctx.place)
         self._forget(ctx)
@@ -446,8 +507,9 @@ class SparseCompressor:
             return horovod().global_process_set
         return self._process_set
 
-    def _check_optimizer(self, optimizer: Any) -> None:
+    def _check_optimizer(self, caller: Caller) -> None:
         """Once per optimizer: there must be one, with this process set."""
+        optimizer = caller.optimizer
         known = None if self._optimizer is None else self._optimizer()
         if known is optimizer:
             return
@@ -463,7 +525,16 @@ class SparseCompressor:
                 f"{theirs}, got {self._process_set}"
             )
         self._optimizer = weakref.ref(optimizer)
+        self._before_closure = caller.steps_with_closure
+        optimizer.register_step_pre_hook(self._before_step)
         self._adviser.step(optimizer, self._carrier.rank, stacklevel=3)
+
+    def _before_step(
+        self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        with self._lock:
+            enlist(optimizer, self._names)
+        return exchanging(optimizer, args, kwargs)
 
     @property
     def traffic(self) -> Traffic:
@@ -478,29 +549,64 @@ class SparseCompressor:
         Returns:
             format, rank, size, configuration, step, and under "tensors", per name,
             shape, dtype, step and residual (a tensor; None where it goes dense).
+            Between the backward pass and the optimizer's step a residual has the
+            gradient in it that is under way, which is then sent in a later step: so
+            nothing that goes sparse is lost, as if that step had been given up.
         """
         with self._lock:
-            return as_tensors(self._path.state_dict())
+            state = self._path.state_dict()
+            for context in self._under_way.values():
+                self._add_under_way(state["tensors"][context.name], context)
+            return as_tensors(state)
+
+    def _add_under_way(self, saved: dict[str, Any], context: Context) -> None:
+        """Overwrites the copy of a residual with what it is if the step is given up."""
+        if context.dense or context.place.changed:
+            return
+        if context.flight is None:  # it waits for others
+            if saved["residual"] is None:
+                saved["residual"] = host.zeros_like(context.array)
+            flat = saved["residual"].reshape(-1)
+            host.accumulate(flat, context.array.reshape(-1))
+            saved["residual"] = flat.reshape(saved["shape"])
+        else:
+            flat = saved["residual"].reshape(-1)
+            kernels_for(flat).add_at(flat, *self._path.sent(context.flight))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue, bitwise, where state_dict was called; each rank its own.
 
         Raises:
-            ValueError: the state is of another rank, size, configuration or model.
+            ValueError: the state is of another rank, size, configuration or model, or
+                gradients are under way: load it before the backward pass or after the
+                optimizer's step.
         """
         with self._lock:
+            self._check_between_steps()
             self._forget_flights()
-            self._path.load_state_dict(state)
+            self._path.load_state_dict(on_host(state))
+
+    def _check_between_steps(self) -> None:
+        """Or what is under way would be handed back, or lost, in the new state."""
+        if self._optimizer is not None:
+            optimizer = self._optimizer()
+            if optimizer is None or not optimizer._handles:
+                return  # nobody will ask for it: the step was given up
+        if self._under_way:
+            raise ValueError(
+                f"{min(self._under_way)}: its gradient is under way, so that no state "
+                "can be loaded: call optimizer.synchronize() or optimizer.step() before"
+            )
 
     def adopt(self, state: dict[str, Any]) -> None:
         """Continue from a state of this process in a group of another size.
 
         What elastic training does after ranks came or went; steps must be the same on
-        every rank, residuals stay with their process.
+        every rank, residuals stay with their process. What is under way is forgotten.
         """
         with self._lock:
             self._forget_flights()
-            self._path.adopt(state)
+            self._path.adopt(on_host(state))
 
     def _forget_flights(self) -> None:
         for context in self._under_way.values():

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import logging
+import pickle
 import threading
 import time
 import weakref
@@ -686,6 +687,292 @@ def test_density_one_is_stock_horovod_with_every_option(option, carrier):
         torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-4, atol=1e-5)
 
 
+# ------------------------------------------------- parameters that come and go
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
+@pytest.mark.parametrize("dense", [Never(), WhenCheaper()], ids=repr)
+def test_a_frozen_parameter_stands_still_and_goes_on_when_it_is_thawed(dense, carrier):
+    p, q, optimizer, compression = pair(
+        lambda named: SparseCompressor(
+            TopK(0.25), named_parameters=named, dense=dense, exchange=carrier
+        )
+    )
+
+    def step():
+        optimizer.zero_grad()
+        used = [parameter for parameter in (p, q) if parameter.requires_grad]
+        sum((each * torch.arange(1.0, 9.0)).sum() for each in used).backward()
+        optimizer.step()
+
+    def residual():
+        return compression.state_dict()["tensors"]["q"]["residual"]
+
+    step()
+    stood, waits = q.detach().clone(), residual()
+    q.requires_grad_(False)
+    for _ in range(3):
+        step()
+    assert torch.equal(q, stood)
+    assert dense != Never() or torch.equal(residual(), waits)
+    q.requires_grad_(True)
+    step()
+    assert not torch.equal(q, stood)
+    assert len(set(gather(str([p.tolist(), q.tolist()])))) == 1
+    if dense == Never():  # 4 steps of p, of q 2
+        given = 2 * torch.arange(1.0, 9.0)
+        assert torch.equal(residual() - q, given)
+
+
+def test_a_parameter_that_is_frozen_on_some_ranks_is_an_error_with_its_name():
+    p, q, optimizer, _ = pair(
+        lambda named: SparseCompressor(
+            TopK(0.25), named_parameters=named, dense=Never(), timeout_s=20
+        ),
+        op=hvd.Sum,
+    )
+    q.requires_grad_(hvd.rank() != 0)
+    loss = (p * torch.ones(8)).sum()
+    (loss + (q * torch.ones(8)).sum() if q.requires_grad else loss).backward()
+    with pytest.raises((ExchangeError, ValueError), match=r"[pq]: "):
+        optimizer.step()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.parametrize("dense", [Never(), WhenCheaper()], ids=repr)
+@pytest.mark.parametrize("joins", ["added", "thawed"])
+@pytest.mark.parametrize("named", ["by the model", "by the optimizer"])
+def test_a_parameter_that_joins_later_is_exchanged(named, joins, dense, groups):
+    if joins == "added" and named == "by the optimizer":
+        return  # see the next test
+    model = perceptron()
+    head, rest = list(model[2].parameters()), list(model[0].parameters())
+    if joins == "thawed":
+        model[0].requires_grad_(False)
+    names = {"named_parameters": model.named_parameters()}
+    compression = SparseCompressor(
+        TopK(1.0), dense=dense, **(names if named == "by the model" else {})
+    )
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(head if joins == "added" else [*head, *rest], lr=0.1),
+        named_parameters=model.named_parameters(),
+        compression=compression,
+        groups=groups,
+    )
+    still = [p.detach().clone() for p in rest]
+    train(model, optimizer, range(2))
+    assert all(map(torch.equal, rest, still))
+    if joins == "added":
+        optimizer.add_param_group({"params": rest, "lr": 0.1})
+    else:
+        model[0].requires_grad_(True)
+    for p in model.parameters():
+        p.grad = None
+    train(model, optimizer, range(2, 5))
+    assert not any(map(torch.equal, rest, still))
+    assert replicas_agree(model)
+    assert set(compression.traffic.tensors) == set(dict(model.named_parameters()))
+
+    twin = perceptron()
+    alike = torch.optim.SGD(twin.parameters(), lr=0.1)
+    for step in range(5):
+        alike.zero_grad()
+        loss_of(twin, step).backward()
+        for i, p in enumerate(twin.parameters()):
+            p.grad = (
+                hvd.allreduce(p.grad, name=f"{step}.{i}")
+                if p.grad is not None
+                else None
+            )
+            if step < 2 and i < 2:
+                p.grad = None
+        alike.step()
+    torch.testing.assert_close(weights(model), weights(twin), rtol=1e-5, atol=1e-6)
+
+
+def test_a_parameter_that_joins_without_a_name_is_refused():
+    model = perceptron()
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model[2].parameters(), lr=0.1),
+        named_parameters=model[2].named_parameters(),
+        compression=SparseCompressor(TopK(1.0), dense=Never()),
+    )
+    train(model, optimizer, range(2))
+    optimizer.add_param_group({"params": list(model[0].parameters())})
+    with pytest.raises(ValueError, match=r"shape \(32, 6\) that joined the optimizer"):
+        train(model, optimizer, [2])
+
+
+@pytest.mark.ranks
+def test_names_of_a_larger_model_than_the_optimizer_holds():
+    model = perceptron()
+    compression = compressor(model)
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model[2].parameters(), lr=0.1),
+        named_parameters=model.named_parameters(),
+        compression=compression,
+    )
+    train(model, optimizer, range(3))
+    assert set(compression.traffic.tensors) == {"2.weight", "2.bias"}
+    assert replicas_agree(model)
+
+
+# ---------------------------------------------------------------------- closures
+
+
+def closing(model, optimizer, step, calls):
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model, step)
+        loss.backward()
+        calls.append(loss.item())
+        return loss
+
+    return closure
+
+
+@pytest.mark.ranks
+@pytest.mark.transport
+@pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
+@pytest.mark.parametrize("dense", [Never(), WhenCheaper()], ids=repr)
+@pytest.mark.parametrize("density", [1.0, 0.05])
+def test_steps_with_closures_are_steps_without(density, dense, carrier):
+    results = []
+    for closed in (False, True):
+        model = perceptron()
+        compression = compressor(model, TopK(density), dense=dense, exchange=carrier)
+        optimizer = wrap(model, compression)
+        for step in range(4):
+            calls = []
+            closure = closing(model, optimizer, step, calls)
+            if closed:
+                loss = optimizer.step(closure=closure)
+                assert loss.item() == calls[0]
+            else:
+                closure()
+                optimizer.step()
+            assert len(calls) == 1
+        results.append((bits(model), compression.traffic.steps))
+    assert results[0] == results[1]
+    assert replicas_agree(model)
+
+
+@pytest.mark.ranks
+def test_the_first_step_after_a_restart_may_have_a_closure():
+    results = []
+    for closed in (False, True):
+        model = perceptron()
+        compression = compressor(model)
+        optimizer = wrap(model, compression)
+        train(model, optimizer, range(3))
+        state, own = compression.state_dict(), optimizer.state_dict()
+        again = compressor(model)
+        again.load_state_dict(state)
+        twin = perceptron()
+        twin.load_state_dict(model.state_dict())
+        again = compressor(twin)
+        again.load_state_dict(state)
+        optimizer = wrap(twin, again)
+        optimizer.load_state_dict(own)
+        for step in range(3, 6):
+            closure = closing(twin, optimizer, step, [])
+            if closed:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+        results.append(bits(twin))
+    assert results[0] == results[1]
+
+
+@pytest.mark.ranks
+def test_a_closure_may_synchronize_and_clip_by_itself():
+    results = []
+    for closed in (False, True):
+        model = perceptron()
+        optimizer = wrap(model, compressor(model))
+        for step in range(3):
+            closure = closing(model, optimizer, step, [])
+
+            def clipped(closure=closure, model=model, optimizer=optimizer):
+                loss = closure()
+                optimizer.synchronize()
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+                return loss
+
+            if closed == (step != 1):
+                optimizer.step(clipped)
+            else:
+                if not closed:
+                    clipped()
+                with optimizer.skip_synchronize():
+                    optimizer.step(clipped if closed else None)
+        results.append(bits(model))
+    assert len(set(gather(results[0]))) == 1
+    assert results[0] == results[1]
+
+
+class Twice(torch.optim.SGD):
+    """Evaluates the closure twice, as optimizers that look ahead do."""
+
+    def step(self, closure):
+        for _ in range(2):
+            with torch.enable_grad():
+                loss = closure()
+            super().step()
+        return loss
+
+
+@pytest.mark.ranks
+def test_a_closure_may_be_evaluated_more_than_once():
+    results = []
+    for kind in (torch.optim.SGD, Twice):
+        model = perceptron()
+        optimizer = hvd.DistributedOptimizer(
+            kind(model.parameters(), lr=0.1),
+            named_parameters=model.named_parameters(),
+            compression=compressor(model),
+        )
+        for step in (0, 1):
+            closure = closing(model, optimizer, step, [])
+            if kind is Twice:
+                optimizer.step(closure)
+            else:
+                for _ in range(2):
+                    closure()
+                    optimizer.step()
+        results.append(bits(model))
+    assert results[0] == results[1]
+    assert replicas_agree(model)
+
+
+def test_a_closure_that_fails_leaves_the_optimizer_as_it_was():
+    model = perceptron()
+    optimizer = wrap(model, compressor(model))
+
+    def fails():
+        raise KeyError("data")
+
+    for step in range(2):
+        with pytest.raises(KeyError):
+            optimizer.step(fails)
+        train(model, optimizer, [step])
+        assert replicas_agree(model)
+
+
+def test_lbfgs_is_refused_by_name():
+    model = perceptron()
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.LBFGS(model.parameters(), lr=0.1),
+        named_parameters=model.named_parameters(),
+        compression=compressor(model),
+    )
+    with pytest.raises(ValueError, match="LBFGS is not supported under Horovod"):
+        optimizer.step(closing(model, optimizer, 0, []))
+
+
 @pytest.mark.ranks
 @pytest.mark.transport
 @pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
@@ -807,6 +1094,58 @@ def test_one_compressor_for_two_optimizers_is_refused():
     train(models[0], optimizers[0], [0])
     with pytest.raises(ValueError, match="one SparseCompressor serves one optimizer"):
         loss_of(models[1], 0).backward()
+
+
+@pytest.mark.ranks
+@pytest.mark.transport
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+@pytest.mark.parametrize("dense", [Never(), WhenCheaper()], ids=repr)
+def test_gradients_of_gradients_train_as_under_stock_horovod(dense):
+    results = []
+    for compression in (hvd.Compression.none, None):
+        model = perceptron()
+        optimizer = wrap(
+            model, compression or compressor(model, TopK(1.0), dense=dense)
+        )
+        parameters = list(model.parameters())
+        for step in range(3):
+            optimizer.zero_grad()
+            loss = loss_of(model, step)
+            grads = torch.autograd.grad(loss, parameters, create_graph=True)
+            penalty = sum(g.square().sum() for g in grads)
+            (loss + penalty).backward()
+            optimizer.step()
+            # gradients that are part of a graph themselves
+            grads = torch.autograd.grad(
+                loss_of(model, step), parameters, create_graph=True
+            )
+            for parameter, grad in zip(parameters, grads, strict=True):
+                parameter.grad = grad
+                assert grad.requires_grad
+            kept = [g.detach().clone() for g in grads]
+            alias = [g.detach() for g in grads]
+            optimizer.step()
+            if compression is None and dense == Never():
+                assert all(map(torch.equal, alias, kept))
+        results.append(bits(model))
+    assert hvd.size() > 2 or results[0] == results[1]
+
+
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+def test_backward_may_create_a_graph_where_stock_horovod_lets_it(linear):
+    raised = []
+    for compression in (hvd.Compression.none, None):
+        model = nn.Linear(6, 3, bias=False)
+        optimizer = wrap(model, compression or compressor(model, TopK(1.0)))
+        loss = model(batch(0))
+        try:
+            (loss if linear else loss.square()).sum().backward(create_graph=True)
+            optimizer.step()
+        except AssertionError as error:
+            raised.append(str(error))
+        model.weight.grad = None  # a cycle otherwise
+    assert raised == ([] if linear else ["", ""])  # Horovod's own assertion
 
 
 def test_adasum_is_refused_by_name():
@@ -1260,11 +1599,98 @@ def test_a_state_that_is_loaded_in_the_middle_of_a_step_is_an_error(dense, carri
     model = perceptron()
     compression = compressor(model, dense=dense, exchange=carrier)
     optimizer = wrap(model, compression)
-    loss_of(model, 0).backward()
-    compression.load_state_dict(compression.state_dict())
+    train(model, optimizer, [0])
+    state = compression.state_dict()
+    optimizer.zero_grad()
+    loss_of(model, 1).backward()
+    with pytest.raises(
+        ValueError, match=r"0\.bias: its gradient is under way, so that"
+    ):
+        compression.load_state_dict(state)
+    optimizer.step()
+    compression.load_state_dict(state)
+    train(model, optimizer, [2])
+    assert replicas_agree(model)
+    optimizer.zero_grad()
+    loss_of(model, 1).backward()
+    compression.adopt(compression.state_dict())  # as elastic training does
     with pytest.raises(ExchangeError, match="is not on its way: a state was"):
         optimizer.step()
     hvd.barrier()
+
+
+@pytest.mark.ranks
+def test_a_state_loads_after_a_step_that_was_given_up():
+    model = perceptron()
+    compression = compressor(model)
+    optimizer = wrap(model, compression)
+    train(model, optimizer, range(2))
+    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    residuals = compression.state_dict()
+    train(model, optimizer, range(2, 4))
+    expected = bits(model)
+    loss_of(model, 7).backward()  # its loss is bad, say, and all ranks start again
+    optimizer.load_state_dict(saved[1])
+    model.load_state_dict(saved[0])
+    compression.load_state_dict(residuals)
+    hvd.barrier()  # Horovod has reduced what nobody asks for any more
+    train(model, optimizer, range(2, 4))
+    assert bits(model) == expected
+
+
+STATES = [TopK(0.25), RandomK(0.25), SignTopK(0.25), Threshold(2.0), Stochastic(0.25)]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
+@pytest.mark.parametrize("sparsifier", STATES, ids=repr)
+@pytest.mark.parametrize("waits", [False, True], ids=["sent", "waits"])
+def test_a_state_that_is_saved_in_the_middle_of_a_step_has_all_of_it(
+    waits, sparsifier, carrier
+):
+    if carrier == Embedded() and isinstance(sparsifier, Threshold | Stochastic):
+        return  # refused: they have no fixed density
+    p, q, optimizer, compression = pair(
+        lambda named: SparseCompressor(
+            sparsifier, named_parameters=named, dense=Never(), exchange=carrier
+        )
+    )
+
+    def backward():
+        loss = (p * torch.arange(1.0, 9.0)).sum()
+        (loss if waits else loss + (q * torch.ones(8)).sum()).backward()
+
+    def residuals():
+        saved = compression.state_dict()["tensors"]
+        return [saved[name]["residual"] for name in "pq"]
+
+    backward()
+    optimizer.step()
+    before = residuals()
+    optimizer.zero_grad()
+    backward()
+    given = [g for g in (p.grad, q.grad) if g is not None]
+    state = compression.state_dict()
+    between = [state["tensors"][name]["residual"] for name in "pq"][: len(given)]
+    if not isinstance(sparsifier, Stochastic):  # which forgets what it does not draw
+        for found, old, new in zip(between, before, given, strict=False):
+            assert torch.equal(found, old + new)
+    optimizer.step()  # the flight was not disturbed
+    assert len(set(gather(str([p.tolist(), q.tolist()])))) == 1
+    compression.load_state_dict(state)
+    for found, saved in zip(residuals(), between, strict=False):
+        assert torch.equal(found, saved)
+    optimizer.zero_grad()
+    backward()
+    optimizer.step()
+    assert len(set(gather(str([p.tolist(), q.tolist()])))) == 1
+
+
+def test_a_compressor_is_not_copied():
+    compression = compressor(perceptron())
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="can not be copied or pickled, it serves"):
+            copied(compression)
 
 
 @pytest.mark.transport
