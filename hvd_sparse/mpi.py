@@ -122,6 +122,11 @@ class SparseAllreduce:
         return self._path.sparsifier
 
     @property
+    def is_scaled(self) -> bool:
+        """Whether it was given a scaler."""
+        return self._path.is_scaled
+
+    @property
     def traffic(self) -> Traffic:
         """Bytes sent and received so far."""
         return self._path.traffic
@@ -233,6 +238,13 @@ class SparseAllreduce:
         self._handles = {
             n: self._exchange.start(n, b.data) for n, b in self._blobs.items()
         }
+
+    def overflow(self) -> None:
+        """Some other result of this step is not finite: nobody applies it.
+
+        With `scaler=`, what this step sent is put back, as if one of ours were that.
+        """
+        self._path.overflowed = True
 
     def report(self, error: BaseException) -> None:
         """Tell the peers that this rank raised and takes no part in this step.

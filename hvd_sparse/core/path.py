@@ -315,16 +315,13 @@ class GradientPath:
 
     def recall(self, flight: Flight) -> None:
         """Put back what was sent when its exchange failed: nothing is lost."""
-        if flight.tensor.in_flight:
-            self.memory.restore(flight.tensor.name, *self.sent(flight))
-            flight.tensor.in_flight = False
-
-    def sent(self, flight: Flight) -> tuple[Array, Array]:
-        """Indices and values of what is under way."""
         tensor = flight.tensor
-        assert tensor.payload is not None
-        own = decode(tensor.payload, tensor.header, varies=True)
-        return own.indices if flight.indices is None else flight.indices, own.values
+        if tensor.in_flight:
+            assert tensor.payload is not None
+            own = decode(tensor.payload, tensor.header, varies=True)
+            indices = own.indices if flight.indices is None else flight.indices
+            self.memory.restore(tensor.name, indices, own.values)
+            tensor.in_flight = False
 
     # where gradients are multiplied with a loss scale
 

@@ -34,9 +34,10 @@ from hvd_sparse.carriers import Carrier, Embedded, Gathered
 from hvd_sparse.core.contracts import Average, ExchangeError, Op, Sparsifier
 from hvd_sparse.core.path import Flight, GradientPath
 from hvd_sparse.core.routing import Dense, WhenCheaper
+from hvd_sparse.core.scaling import is_finite, scale_of
 from hvd_sparse.core.together import Together
 from hvd_sparse.core.traffic import Traffic
-from hvd_sparse.kernels import host, kernels_for
+from hvd_sparse.kernels import host
 from hvd_sparse.torch import elastic
 from hvd_sparse.torch.advice import advise
 from hvd_sparse.torch.exchanges import (
@@ -47,6 +48,7 @@ from hvd_sparse.torch.exchanges import (
 )
 from hvd_sparse.torch.names import Caller, ParameterNames, find_caller
 from hvd_sparse.torch.places import Place, Places
+from hvd_sparse.torch.scaling import refuse_before_exchange
 from hvd_sparse.torch.states import as_tensors, on_host, viewed
 from hvd_sparse.torch.wrapped import enlist, exchanging, is_frozen
 from hvd_sparse.watchdog import Watchdog
@@ -118,6 +120,15 @@ def changed(name: str) -> ValueError:
     )
 
 
+def _add_waiting(saved: dict[str, Any], context: Context) -> None:
+    """Overwrites the copy of a residual with what it is if the step is given up."""
+    if saved["residual"] is None:
+        saved["residual"] = host.zeros_like(context.array)
+    flat = saved["residual"].reshape(-1)
+    host.accumulate(flat, context.array.reshape(-1))
+    saved["residual"] = flat.reshape(saved["shape"])
+
+
 class SparseCompressor:
     """Sends what is worth it of each gradient; for `compression=` of Horovod.
 
@@ -136,6 +147,7 @@ class SparseCompressor:
         prefix: str = "hvd_sparse",
         process_set: Any = None,
         timeout_s: float = 600,
+        scaler: Any = None,
     ) -> None:
         """Decide what to send; no communication yet.
 
@@ -152,9 +164,12 @@ class SparseCompressor:
             process_set: the one that is given to the optimizer, if any.
             timeout_s: seconds in which nothing moves after which to give up and shut
                 Horovod down; a warning is logged at 60.
+            scaler: the GradScaler, where there is one, so that residuals follow its
+                scale and a step that it skips leaves what was sent in them.
 
         Raises:
-            TypeError: sparsifier can not select, or exchange is no carrier.
+            TypeError: sparsifier can not select, exchange is no carrier, or scaler can
+                not be asked for its scale.
             ValueError: an argument is out of range, a name comes twice, or exchange is
                 Embedded() and the sparsifier has no fixed density.
         """
@@ -178,7 +193,13 @@ class SparseCompressor:
             else GatheredExchange(self._group, prefix, padded=not fixed)
         )
         expected = Average if op is None else op
-        self._path = GradientPath(sparsifier, self._carrier, op=expected, dense=dense)
+        self._path = GradientPath(
+            sparsifier,
+            self._carrier,
+            op=expected,
+            dense=dense,
+            loss_scale=scale_of(scaler),
+        )
         if op is None:
             self._path.op_name = "the optimizer's"
         self._together = Together(self._path)
@@ -233,14 +254,19 @@ class SparseCompressor:
             if self._elastic and not self._shutdown.recovers:
                 self._shutdown.recovers = elastic.covers(self)
             name, parameter = self._names.find(tensor, caller)
-            if caller is not None and not self._under_way:
+            if name in self._under_way and self._path.is_scaled:
+                self._give_up_all()  # before the loss scale changes
+            if not self._under_way:
                 self._begin(caller)
             if caller is not None and self._is_idle(caller, parameter):
                 return self._carrier.nothing(), Idle(name, tensor)
             return self._send(name, tensor, parameter)
 
-    def _begin(self, caller: Caller) -> None:
+    def _begin(self, caller: Caller | None) -> None:
         """The first gradient of a step."""
+        self._path.begin()
+        if caller is None:
+            return
         joined = enlist(caller.optimizer, self._names)
         if joined and caller.synchronizing:  # too late for this time
             raise ValueError(
@@ -284,12 +310,14 @@ class SparseCompressor:
             ValueError: the gradient was changed after it was sent.
         """
         if ctx is None:  # a sparse gradient: Horovod gathers its rows itself
+            self._look_for_overflow(tensor)
             return tensor
         if isinstance(ctx, Idle):
             return self._receive_nothing(tensor, ctx)
         with self._lock:
             if ctx.result is None:  # some were received with the first of their batch
-                if not ctx.place.settled:
+                if not ctx.place.settled:  # the first result of this step
+                    refuse_before_exchange(depth=1)
                     Places.settle()
                 if ctx.dense:
                     self._receive_dense(tensor, ctx)
@@ -344,6 +372,17 @@ class SparseCompressor:
             self._keep(context, gradient)
         elif context.flight is not None:
             self._path.recall(context.flight)
+
+    def _give_up_all(self) -> None:
+        """A step without its results."""
+        for context in list(self._under_way.values()):
+            self._forget(context)
+            waited = self._waiting.pop(context.name, None) is not None
+            if waited and not context.place.changed:
+                known = self._path.admit(context.name, context.array)
+                self._together.keep(known, context.array)
+            elif context.flight is not None:
+                self._path.recall(context.flight)
 
     def _keep(self, waiting: Context, gradient: Tensor) -> None:
         """Unless the next gradient took its memory."""
@@ -440,7 +479,7 @@ class SparseCompressor:
 
     def _receive_batch(self, flight: Flight) -> list[Context]:
         """Receive all that it arrived with, where that can be; returns what it was."""
-        if not isinstance(self._carrier, GatheredExchange):
+        if not isinstance(self._carrier, GatheredExchange) or self._path.is_scaled:
             return []
         arrival = self._carrier.arrive(flight.handle)
         contexts = [c for n in arrival.names if (c := self._under_way.get(n))]
@@ -488,10 +527,17 @@ class SparseCompressor:
         if ctx.place.changed:
             raise changed(ctx.name)
         ctx.result = reduced if reduced is result else result.copy_(reduced)
+        self._look_for_overflow(ctx.result)
         known.at_step(known.header.step + 1)
         wire_bytes = reduced.numel() * reduced.element_size()
         self._path.count(known, reduced.numel(), wire_bytes, wire_bytes)
         self.traffic.steps = max(self.traffic.steps, known.header.step)
+
+    def _look_for_overflow(self, result: Tensor) -> None:
+        """Of what Horovod reduced: the optimizer's step will be skipped."""
+        if self._path.is_scaled:
+            values = result.coalesce().values() if result.is_sparse else result
+            self._path.overflowed |= not is_finite(values)
 
     def _found(self, op: Op) -> Op:
         if self.op is not None and op != self.op and self._carrier.size > 1:
@@ -555,23 +601,10 @@ class SparseCompressor:
         """
         with self._lock:
             state = self._path.state_dict()
-            for context in self._under_way.values():
-                self._add_under_way(state["tensors"][context.name], context)
+            for context in self._waiting.values():
+                if not context.place.changed:
+                    _add_waiting(state["tensors"][context.name], context)
             return as_tensors(state)
-
-    def _add_under_way(self, saved: dict[str, Any], context: Context) -> None:
-        """Overwrites the copy of a residual with what it is if the step is given up."""
-        if context.dense or context.place.changed:
-            return
-        if context.flight is None:  # it waits for others
-            if saved["residual"] is None:
-                saved["residual"] = host.zeros_like(context.array)
-            flat = saved["residual"].reshape(-1)
-            host.accumulate(flat, context.array.reshape(-1))
-            saved["residual"] = flat.reshape(saved["shape"])
-        else:
-            flat = saved["residual"].reshape(-1)
-            kernels_for(flat).add_at(flat, *self._path.sent(context.flight))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue, bitwise, where state_dict was called; each rank its own.

@@ -20,10 +20,12 @@ import torch
 from hvd_sparse.advice import Adviser
 from hvd_sparse.core.contracts import Average, Op, Sparsifier
 from hvd_sparse.core.routing import Dense, WhenCheaper
+from hvd_sparse.core.scaling import is_finite
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.mpi import Blob, SparseAllreduce
 from hvd_sparse.torch.advice import advise
 from hvd_sparse.torch.parameters import NamedParameters, Parameters
+from hvd_sparse.torch.scaling import refuse_before_exchange, refuse_unknown_scale
 from hvd_sparse.torch.sharing import give_own_memory
 from hvd_sparse.torch.states import as_tensors, on_host, viewed
 
@@ -46,6 +48,7 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
     dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
     backward_passes_per_step: int = 1,
     timeout_s: float = 600,
+    scaler: Any = None,
 ) -> Any:
     """Make an optimizer average sparsified gradients over MPI ranks before each step.
 
@@ -67,13 +70,16 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
             gradient is their sum, as in Horovod. Since the exchange runs in step(),
             calling backward more often or less is no error.
         timeout_s: seconds to wait for peers in a step; a warning comes at 60.
+        scaler: the GradScaler, where there is one, so that residuals follow its scale
+            and a step that it skips leaves what was sent in them.
 
     Returns:
         The same optimizer.
 
     Raises:
-        TypeError: not an optimizer, or one that is distributed already, or
-            named_parameters are no pairs of a name and a tensor.
+        TypeError: not an optimizer, or one that is distributed already,
+            named_parameters are no pairs of a name and a tensor, or scaler can not be
+            asked for its scale.
         ValueError: names are not unique, or missing.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -88,7 +94,12 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
         )
     parameters = Parameters(optimizer, named_parameters)
     reduce = SparseAllreduce(
-        sparsifier, comm=comm, op=op, dense=dense, timeout_s=timeout_s
+        sparsifier,
+        comm=comm,
+        op=op,
+        dense=dense,
+        timeout_s=timeout_s,
+        scaler=scaler,
     )
     distributed: Any = optimizer
     distributed.__class__ = _distributed_class(type(optimizer))
@@ -147,12 +158,17 @@ class _Gradients:
             loss = _mean_loss(loss, gathered[_LOSS])
         found = self._learn_kinds({name: gathered[name] for name in others})
         if found:
-            self._exchange_gradients({name: held[name] for name in found}, {})
+            late = {name: held[name] for name in found}
+            self._exchange_gradients(late, {}, continues=True)
             self.reduce.traffic.steps -= 1  # of one step
         return loss
 
     def _exchange_gradients(
-        self, parameters: dict[str, Tensor], blobs: dict[str, Blob]
+        self,
+        parameters: dict[str, Tensor],
+        blobs: dict[str, Blob],
+        *,
+        continues: bool = False,
     ) -> dict[str, list[Array]]:
         """One exchange; returns what was gathered of the blobs."""
         with self._reported():
@@ -167,11 +183,14 @@ class _Gradients:
                 if n not in rows
             }
             packed = {name: _pack_rows(gradient) for name, gradient in rows.items()}
-        self.reduce.start(gradients, gradients, {**packed, **blobs})
+        blobs = {**packed, **blobs}
+        self.reduce.start(gradients, gradients, blobs, continues=continues)
         self.reduce.finish()
         gathered = self.reduce.gathered
         for name, own in rows.items():
-            parameters[name].grad = self._sum_rows(own, gathered[name])
+            total = parameters[name].grad = self._sum_rows(own, gathered[name])
+            if self.reduce.is_scaled and not is_finite(total.values()):
+                self.reduce.overflow()
         return gathered
 
     @contextmanager
@@ -269,7 +288,10 @@ class _Distributed:
                 "step() inside skip_synchronize() needs synchronize() after the last "
                 "backward pass"
             )
-        if not state.skip:
+        if state.skip:
+            if not state.reduce.is_scaled:
+                refuse_unknown_scale(depth=1)
+        else:
             if state.synchronized:
                 warnings.warn(
                     "step() after synchronize() uses the gradients as they are; say so "
@@ -277,6 +299,7 @@ class _Distributed:
                     stacklevel=3,
                 )
             else:
+                refuse_before_exchange(depth=1)
                 state.exchange()
         state.synchronized = False
         return own_step(self, *arguments, **options)

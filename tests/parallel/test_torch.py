@@ -687,8 +687,8 @@ def test_an_error_on_the_way_into_the_exchange_is_heard_by_all():
 @pytest.mark.ranks
 def test_loss_scaling_skips_a_step_on_all_ranks_or_on_none():
     model = perceptron()
-    optimizer = distribute(sgd(model), model)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = distribute(sgd(model), model, scaler=scaler)
     taken = []
     for step in range(4):
         optimizer.zero_grad()
