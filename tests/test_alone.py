@@ -1,0 +1,66 @@
+"""Programs that no launcher started are one rank, whatever they import first."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from hvd_sparse.exchange import LAUNCHER_VARIABLES
+
+SET_UP = Path(sysconfig.get_path("purelib"), "mpi_alone.pth").exists()
+
+set_up = pytest.mark.skipif(not SET_UP, reason="needs a .venv of launch/setup")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("mpi4py") is None, reason="needs hvd_sparse[mpi]"
+)
+
+
+def run_alone(program: str, **variables: str) -> str:
+    names = (*LAUNCHER_VARIABLES, "OMPI_MCA_ess_singleton_isolated")
+    environment = {k: v for k, v in os.environ.items() if k not in names}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**environment, **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@set_up
+def test_mpi_may_be_imported_first() -> None:
+    program = (
+        "from mpi4py import MPI; import hvd_sparse.mpi; print(MPI.COMM_WORLD.size)"
+    )
+    assert run_alone(program) == "1"
+
+
+@set_up
+@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+def test_horovod_may_be_initialized_without_us(framework: str) -> None:
+    if importlib.util.find_spec("horovod") is None:
+        pytest.skip("needs Horovod: launch/build-horovod")
+    program = f"import horovod.{framework} as hvd; hvd.init(); print(hvd.size())"
+    assert run_alone(program) == "1"
+
+
+def test_any_environment_will_do_where_the_package_comes_first() -> None:
+    program = (
+        "import os; os.environ.pop('OMPI_MCA_ess_singleton_isolated', None);"
+        "import hvd_sparse.mpi; from mpi4py import MPI; print(MPI.COMM_WORLD.size)"
+    )
+    assert run_alone(program) == "1"
+
+
+@set_up
+@pytest.mark.parametrize("variable", LAUNCHER_VARIABLES)
+def test_ranks_of_a_launcher_are_not_told_that_they_are_alone(variable: str) -> None:
+    program = "import os; print(os.environ.get('OMPI_MCA_ess_singleton_isolated'))"
+    assert run_alone(program) == "1"
+    assert run_alone(program, **{variable: "0"}) == "None"
