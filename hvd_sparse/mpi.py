@@ -354,6 +354,10 @@ class SparseAllreduce:
             self._path.load_state_dict(state)
             self._exchange.step = state["step"]
 
+    def forget(self, name: str) -> None:
+        """Drop what is kept of a tensor that is gone; between two steps."""
+        self._path.forget(name)
+
     # ---------------------------------------------------------------------- closing
 
     def close(self) -> None:

@@ -692,6 +692,11 @@ class GradientPath:
         self.memory.residuals.clear()
         self.traffic.steps = state["step"]
 
+    def forget(self, name: str) -> None:
+        """Drop what is kept of a tensor that is gone; it is not under way."""
+        self.tensors.pop(name, None)
+        self.memory.residuals.pop(name, None)
+
     def _restore_loaded(self, name: str, gradient: Array) -> tuple[int, int]:
         """Put a loaded residual where its gradient is; returns step and chosen."""
         saved = self._loaded.get(name)

@@ -39,6 +39,10 @@ class Buffers:
         del arrays[:-_MOST]
         return fresh
 
+    def forget(self, name: str) -> None:
+        """Nobody will ask for this name again."""
+        self._arrays.pop(name, None)
+
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     count = math.prod(shape) * dtype.itemsize

@@ -2,11 +2,14 @@
 
 One exchange a step: all gradients of a step go through one Python function on host
 memory (tf.numpy_function), in a tf.function or eagerly. Residuals live there and not in
-the graph, so that retracing changes nothing.
+the graph, so that retracing changes nothing. They belong to variables, whichever of
+them a step has gradients of (see `names`).
 """
 
+import gc
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,13 +18,15 @@ import tensorflow as tf
 
 from hvd_sparse.advice import Adviser
 from hvd_sparse.broadcast import Broadcast, Described
-from hvd_sparse.core.contracts import Average, Op, Sparsifier
+from hvd_sparse.core.contracts import Average, ExchangeError, Op, Sparsifier
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.mpi import Blob, SparseAllreduce
 from hvd_sparse.tensorflow.advice import advise
 from hvd_sparse.tensorflow.buffers import Buffers
-from hvd_sparse.tensorflow.states import as_tensors
+from hvd_sparse.tensorflow.names import VariableNames
+from hvd_sparse.tensorflow.states import as_tensors, complete
+from hvd_sparse.tensorflow.stores import Configuration, join, leave
 
 Array = npt.NDArray[Any]
 Tensor = Any  # TensorFlow has no types
@@ -31,7 +36,6 @@ _do_not_convert: Any = tf.autograph.experimental.do_not_convert
 class _Slices(NamedTuple):
     """Where the two parts of tf.IndexedSlices are among the inputs."""
 
-    name: str
     values: int
     indices: int
     dense_bytes: int
@@ -44,6 +48,7 @@ class Gradients:
     def __init__(self, reduce: SparseAllreduce, op: Op) -> None:
         """Args: reduce: carries them. op: for gradients that came sparse."""
         self.reduce = reduce
+        self.names = VariableNames()
         self._adviser = Adviser(advise, reduce.sparsifier)
         self._op = op
         self._outs = Buffers()
@@ -58,62 +63,122 @@ class Gradients:
             raise
 
     @_do_not_convert  # type: ignore[untyped-decorator]
-    def exchange(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+    def exchange(
+        self, gradients: Sequence[Tensor], sources: Sequence[Any]
+    ) -> list[Tensor]:
         """The mean or sum over ranks of every gradient; None stays None.
 
-        Tensors are named by their place, so that every rank, and every trace, must
-        have them in the same order. Gradients that came as tf.IndexedSlices stay so.
-        """
-        inputs: list[Tensor] = []
-        dense: dict[str, int] = {}
-        slices: list[_Slices] = []
-        for place, gradient in enumerate(gradients):
-            name = f"gradient{place}"
-            if isinstance(gradient, tf.IndexedSlices):
-                slices.append(_as_slices(name, gradient, len(inputs)))
-                inputs += [gradient.values, gradient.indices]
-            elif gradient is not None:
-                dense[name] = len(inputs)
-                inputs.append(tf.convert_to_tensor(gradient))
-        if not inputs:
-            return list(gradients)
+        Args:
+            gradients: those that came as tf.IndexedSlices stay so.
+            sources: the variable, or tensor, of each.
 
-        def run(*arrays: Array) -> list[Array]:
-            return self._run(arrays, dense, slices)
+        Raises:
+            ValueError: which residual is whose can not be told (see `names`).
+        """
+        self.see(sources)
+        inputs: list[Tensor] = []
+        parts: list[int | _Slices] = []  # where the parts of each are among the inputs
+        present = []
+        for gradient, source in zip(gradients, sources, strict=True):
+            if gradient is None:
+                continue
+            present.append(source)
+            if isinstance(gradient, tf.IndexedSlices):
+                parts.append(_as_slices(gradient, len(inputs)))
+                inputs += [gradient.values, gradient.indices]
+            else:
+                parts.append(len(inputs))
+                inputs.append(tf.convert_to_tensor(gradient))
+
+        def run(description: Any, *arrays: Array) -> list[Array]:
+            with self._lock:
+                return self._run(description, arrays, parts)
 
         with tf.device("/cpu:0"):
+            # also where there is none: a peer that has some must hear of it
+            inputs = [self.names.describe(present), *inputs]
             results = tf.numpy_function(run, inputs, [t.dtype for t in inputs])
-        results = results if isinstance(results, list | tuple) else [results]
-        return _rebuilt(gradients, results)
+        return _rebuilt(gradients, results[1:])
+
+    def see(self, sources: Sequence[Any]) -> None:
+        """Name variables in this order, which must be that of all ranks."""
+        try:
+            self.names.see(sources)
+        except ValueError as error:  # peers may know better
+            self.reduce.report(error)
+            raise
 
     def _run(
-        self, arrays: Sequence[Array], dense: dict[str, int], slices: list[_Slices]
-    ) -> list[Array]:
+        self, description: Any, arrays: Sequence[Array], parts: list[int | _Slices]
+    ) -> list[Any]:
+        named = dict(zip(self._named(description, arrays, parts), parts, strict=True))
+        dense = {n: p for n, p in named.items() if isinstance(p, int)}
+        slices = {n: p for n, p in named.items() if isinstance(p, _Slices)}
+        given = {name: arrays[place] for name, place in dense.items()}
+        outs = {n: self._outs.take(n, g.shape, g.dtype) for n, g in given.items()}
+        blobs = {
+            n: _pack(arrays[s.values], arrays[s.indices], s) for n, s in slices.items()
+        }
+        self.reduce.start(given, outs, blobs)
+        self.reduce.finish()
+        results = list(arrays)
+        for name, place in dense.items():
+            results[place] = outs[name]
+        for name, s in slices.items():
+            gathered = self.reduce.gathered[name]
+            values, indices = _unpack(gathered, arrays[s.values], arrays[s.indices])
+            if self._op is Op.Average:
+                values = values * values.dtype.type(1 / self.reduce.size)
+            results[s.values], results[s.indices] = values, indices
+        return [description, *results]
+
+    def _named(
+        self, description: Any, arrays: Sequence[Array], parts: list[int | _Slices]
+    ) -> list[str]:
+        self._forget()
+        shapes = [_dense_shape(arrays, part) for part in parts]
+        try:
+            return self.names.named(description, shapes)
+        except ValueError as error:
+            self.reduce.report(error)
+            raise
+
+    # ---------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank has not sent yet, and the variables it is of."""
+        gc.collect()  # ranks must agree on which variables live
         with self._lock:
-            given = {name: arrays[place] for name, place in dense.items()}
-            outs = {n: self._outs.take(n, g.shape, g.dtype) for n, g in given.items()}
-            blobs = {
-                s.name: _pack(arrays[s.values], arrays[s.indices], s) for s in slices
-            }
-            self.reduce.start(given, outs, blobs)
-            self.reduce.finish()
-            results = list(arrays)
-            for name, place in dense.items():
-                results[place] = outs[name]
-            for s in slices:
-                gathered = self.reduce.gathered[s.name]
-                values, indices = _unpack(gathered, arrays[s.values], arrays[s.indices])
-                if self._op is Op.Average:
-                    values = values * values.dtype.type(1 / self.reduce.size)
-                results[s.values], results[s.indices] = values, indices
-            return results
+            self._forget()
+            state = self.reduce.state_dict()
+            return as_tensors({**state, "variables": self.names.saved()})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises: ValueError: it is of another rank, size, configuration or model."""
+        gc.collect()
+        with self._lock:
+            self._forget()
+            loaded = self.names.loaded(state)
+            self.reduce.load_state_dict(complete(loaded, self.reduce.state_dict()))
+            self.names.adopt(loaded)
+
+    def _forget(self) -> None:
+        for name in self.names.gone():
+            self.reduce.forget(name)
+            self._outs.forget(name)
 
 
-def _as_slices(name: str, gradient: Any, place: int) -> _Slices:
+def _as_slices(gradient: Any, place: int) -> _Slices:
     shape = tuple(gradient.shape)
     known = None not in shape
     size = int(np.prod(shape)) * gradient.values.dtype.size if known else 1
-    return _Slices(name, place, place + 1, size, shape)
+    return _Slices(place, place + 1, size, shape)
+
+
+def _dense_shape(arrays: Sequence[Array], part: int | _Slices) -> tuple[int, ...]:
+    if isinstance(part, int):
+        return tuple(np.shape(arrays[part]))
+    return tuple(-1 if n is None else n for n in part.shape)
 
 
 def _rebuilt(gradients: Sequence[Tensor], results: Sequence[Tensor]) -> list[Tensor]:
@@ -172,19 +237,43 @@ def _make(
     return Gradients(reduce, Op(op))
 
 
+def _shared(
+    sparsifier: Sparsifier, comm: Any, op: int, dense: Dense, timeout_s: float
+) -> Gradients:
+    """Those of earlier tapes of the same communicator and configuration."""
+    make = partial(_make, sparsifier, comm, op, dense, timeout_s)
+    if not hasattr(comm, "Get_attr") or not comm:
+        return make()  # which says what is wrong with it
+    configuration = Configuration(type(comm), sparsifier, op, dense, timeout_s)
+    return join(comm, configuration, make)
+
+
+def _world() -> Any:
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        return None  # the exchange says what is missing
+    return MPI.COMM_WORLD
+
+
 # ------------------------------------------------------------------------------ tape
 
 
 class DistributedGradientTape:
     """A tf.GradientTape whose gradients are averaged over MPI ranks.
 
-    Made once, since it keeps what was not sent, and entered at every step:
-
         tape = DistributedGradientTape(tf.GradientTape(), TopK(density=0.001))
         for x, y in batches:
             with tape:
                 loss = loss_of(model(x), y)
             gradients = tape.gradient(loss, model.trainable_variables)
+
+    What was not sent belongs to the variable, whichever others are among the sources,
+    and to all tapes of the same communicator with the same arguments: one that is made
+    anew in every step continues where the last one stopped, and `traffic` and states
+    are those of all of them. Ranks must agree on what has a gradient: what one of them
+    leaves out is an error on all. Sources that are tensors, which a tape watches, are
+    others in every step: their residuals go by their place among such sources.
     """
 
     def __init__(
@@ -215,7 +304,9 @@ class DistributedGradientTape:
             kind = type(tape).__name__
             raise TypeError(f"tape must be a tf.GradientTape, got {kind}")
         self._tape = tape
-        self._sparse = _make(sparsifier, comm, op, dense, timeout_s)
+        self._comm = _world() if comm is None else comm
+        self._sparse = _shared(sparsifier, self._comm, op, dense, timeout_s)
+        self._closed = False
 
     def __enter__(self) -> "DistributedGradientTape":
         """Record, as the tape does."""
@@ -240,9 +331,14 @@ class DistributedGradientTape:
             ExchangeError: a peer disagrees, raised, or did not arrive in time; from
                 within a graph TensorFlow wraps it in an error of its own.
         """
+        if self._closed:
+            raise ExchangeError("this exchange can not be used any more: it was closed")
         gradients = self._tape.gradient(target, sources, output_gradients, **options)
         flat = tf.nest.flatten(gradients, expand_composites=False)
-        return tf.nest.pack_sequence_as(gradients, self._sparse.exchange(flat))
+        of = tf.nest.flatten(sources, expand_composites=False)
+        if not of:
+            return gradients
+        return tf.nest.pack_sequence_as(gradients, self._sparse.exchange(flat, of))
 
     @property
     def traffic(self) -> Traffic:
@@ -256,7 +352,7 @@ class DistributedGradientTape:
             format, rank, size, configuration, step, and under "tensors", per name,
             shape, dtype, step and residual (a tf.Tensor; None where it goes dense).
         """
-        return as_tensors(self._sparse.reduce.state_dict())
+        return self._sparse.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue, bitwise, where state_dict was called; each rank its own.
@@ -264,11 +360,17 @@ class DistributedGradientTape:
         Raises:
             ValueError: the state is of another rank, size, configuration or model.
         """
-        self._sparse.reduce.load_state_dict(state)
+        self._sparse.load_state_dict(state)
 
     def close(self) -> None:
-        """Free the private communicator; collective."""
-        self._sparse.reduce.close()
+        """Free the private communicator, and what was not sent; collective.
+
+        Once all tapes that share it are closed: those of the same communicator with the
+        same arguments.
+        """
+        if not self._closed and leave(self._comm, self._sparse):
+            self._sparse.reduce.close()
+        self._closed = True
 
 
 # ------------------------------------------------------------------------- optimizer
@@ -309,24 +411,40 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
     kind = type(optimizer)
     if not hasattr(optimizer, "apply_gradients"):
         raise TypeError(f"optimizer must be a Keras optimizer, got {kind.__name__}")
-    keras_3 = hasattr(optimizer, "stateless_apply")
-    mixin: type = _DistributedKeras3 if keras_3 else _DistributedKeras2
-    distributed = type(
-        kind.__name__,
-        (mixin, kind),
-        {"__module__": kind.__module__, "__qualname__": kind.__qualname__},
-    )
+    options = {"comm": comm, "op": op, "dense": dense, "timeout_s": timeout_s}
+    again = partial(DistributedOptimizer, sparsifier=sparsifier, **options)
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    own = {**names, "_plain": kind, "_again": staticmethod(again)}
+    distributed = type(kind.__name__, (_mixin(optimizer), kind), own)
     sparse = _make(sparsifier, comm, op, dense, timeout_s)
     # past __setattr__, which would track these as parts of the model
     object.__setattr__(optimizer, "_sparse", sparse)
     object.__setattr__(optimizer, "__class__", distributed)
+    optimizer._see_built()
     return optimizer
+
+
+def _mixin(optimizer: Any) -> type:
+    if hasattr(optimizer, "stateless_apply"):
+        return _DistributedKeras3
+    return _DistributedKeras2 if hasattr(optimizer, "build") else _DistributedLegacy
 
 
 class _Distributed:
     """What DistributedOptimizer adds, in front of the optimizer's own class."""
 
     _sparse: Gradients
+    _plain: type
+    _again: Callable[[Any], Any]
+
+    @classmethod
+    def from_config(cls, config: Any, **options: Any) -> Any:
+        """A copy: distributed too, with residuals of its own; collective."""
+        plain: Any = cls._plain
+        return cls._again(plain.from_config(config, **options))
+
+    def _see_built(self) -> None:
+        """Variables that it was built with have an order that all ranks know."""
 
     @property
     def traffic(self) -> Traffic:
@@ -335,7 +453,7 @@ class _Distributed:
 
     def residual_state_dict(self) -> dict[str, Any]:
         """What this rank has not sent yet; as of DistributedGradientTape."""
-        return as_tensors(self._sparse.reduce.state_dict())
+        return self._sparse.state_dict()
 
     def load_residual_state_dict(self, state: dict[str, Any]) -> None:
         """Continue, bitwise, where residual_state_dict was called.
@@ -343,30 +461,48 @@ class _Distributed:
         Raises:
             ValueError: the state is of another rank, size, configuration or model.
         """
-        self._sparse.reduce.load_state_dict(state)
+        self._sparse.load_state_dict(state)
 
     def close(self) -> None:
         """Free the private communicator; collective."""
         self._sparse.reduce.close()
 
 
-class _DistributedKeras2(_Distributed):
+class _DistributedLegacy(_Distributed):
     @_do_not_convert  # type: ignore[untyped-decorator]
     def apply_gradients(self, grads_and_vars: Any, *args: Any, **options: Any) -> Any:
         """Exchange the gradients, then the optimizer's own."""
         self._sparse.advise(self)
         pairs = list(grads_and_vars)
-        exchanged = self._sparse.exchange([gradient for gradient, _ in pairs])
+        exchanged = self._sparse.exchange([g for g, _ in pairs], [v for _, v in pairs])
         replaced = [(g, v) for g, (_, v) in zip(exchanged, pairs, strict=True)]
         return super().apply_gradients(replaced, *args, **options)  # type: ignore[misc]
 
 
+class _DistributedKeras2(_DistributedLegacy):
+    def build(self, var_list: Any) -> Any:
+        """The optimizer's own; its order of variables is that of all ranks."""
+        self._sparse.see(var_list)
+        return super().build(var_list)  # type: ignore[misc]
+
+
 class _DistributedKeras3(_Distributed):
+    def build(self, variables: Any) -> Any:
+        """The optimizer's own; its order of variables is that of all ranks."""
+        self._sparse.see(variables)
+        return super().build(variables)  # type: ignore[misc]
+
+    def _see_built(self) -> None:
+        self._sparse.see(getattr(self, "_trainable_variables", None) or [])
+
     @_do_not_convert  # type: ignore[untyped-decorator]
     def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
         """Exchange the gradients, then the optimizer's own."""
         self._sparse.advise(self)
-        exchanged = self._sparse.exchange(list(grads))
+        known: Any = self  # a Keras optimizer
+        variables = known._trainable_variables
+        sources = variables if trainable_variables is None else trainable_variables
+        exchanged = self._sparse.exchange(list(grads), list(sources))
         return super().apply(exchanged, trainable_variables)  # type: ignore[misc]
 
 
