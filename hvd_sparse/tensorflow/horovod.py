@@ -12,15 +12,19 @@ the graph does at every step:
 
 `send` and `receive` are Python functions on host memory (tf.numpy_function) that take
 the gradient along its path; residuals live there, not in the graph, and survive every
-retracing. What Horovod itself is given to reduce is not used by anybody, so that
-TensorFlow prunes it: it costs nothing.
+retracing. Horovod's graph may be traced with one variable and run with another of its
+shape, so one more function, in front of them, finds out which variables they are for
+(see `names` and `horovod_frames`). What Horovod itself is given to reduce is not used
+by anybody, so that TensorFlow prunes it: it costs nothing.
 """
 
+import gc
+import operator
 import sys
 import threading
 import weakref
+from collections.abc import Mapping, Sequence
 from functools import partial
-from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,15 +46,20 @@ from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.tensorflow.advice import advise
 from hvd_sparse.tensorflow.buffers import Buffers
-from hvd_sparse.tensorflow.states import as_tensors
+from hvd_sparse.tensorflow.horovod_frames import (
+    Call,
+    call_of,
+    optimizer_in_the_making,
+)
+from hvd_sparse.tensorflow.names import VariableNames, collective
+from hvd_sparse.tensorflow.states import as_tensors, complete
 from hvd_sparse.watchdog import Watchdog
 
 Array = npt.NDArray[Any]
 Tensor = Any  # tf.Tensor: TensorFlow has no types
 
-_KERAS = (tf.keras.optimizers.Optimizer, tf.keras.optimizers.legacy.Optimizer)
+_SOURCES = "_hvd_sparse_sources"  # of a graph
 _FLOATING = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
-_FRAMES = 16  # between compress and Horovod's allreduce, where AutoGraph converted it
 
 
 def _horovod() -> Any:
@@ -75,16 +84,37 @@ def _refuse_keras_3() -> None:
         )
 
 
+class Sources:
+    """The variables whose gradients leave together, in one graph, which keeps this.
+
+    Attributes:
+        of: the compressor, the optimizer's scope, and the variables, as the graph was
+            traced with them.
+        numbers: (n,) int64, of the graph: which they are when it runs.
+        dense: places of those that go dense.
+    """
+
+    def __init__(self, *of: Any) -> None:
+        """Nothing goes dense yet."""
+        self.of = of
+        self.numbers: Tensor = None
+        self.dense: list[int] = []
+
+    def are(self, *of: Any) -> bool:
+        """Whether it is of these very objects."""
+        return len(of) == len(self.of) and all(map(operator.is_, self.of, of))
+
+
 class Context(NamedTuple):
     """What decompress must know of a gradient that compress sent.
 
     Attributes:
-        name: of the tensor.
+        number: () int64, of the graph: of its name.
         gathered: the payloads of all ranks.
         gradient: for its shape and dtype.
     """
 
-    name: str
+    number: Tensor
     gathered: Tensor
     gradient: Tensor
 
@@ -92,8 +122,10 @@ class Context(NamedTuple):
 class SparseCompressor:
     """Sends what is worth it of each gradient; for `compression=` of Horovod.
 
-    One compressor serves one optimizer, or the tapes of one training loop. With a
-    single process Horovod calls no compressor, and training is dense.
+    What was not sent belongs to the variable, and where several optimizers are made
+    with one compressor, or copied by `from_config`, to each of them and the variable.
+    All tapes share. With a single process Horovod calls no
+    compressor, and training is dense.
     """
 
     def __init__(
@@ -136,8 +168,11 @@ class SparseCompressor:
         self._flights: dict[str, Flight] = {}
         self._outs = Buffers()
         self._dense: dict[str, Admitted] = {}  # what Horovod reduces without us
-        self._counts: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        self._owner: weakref.ref[Any] | None = None
+        self._names = VariableNames()
+        self._numbered: dict[str, int] = {}  # what graphs carry in place of names
+        self._called: list[str] = []  # by that number
+        self._owners: dict[int, int] = {}  # by id of an optimizer that lives
+        self._owned = 0
         self._adviser = Adviser(advise, sparsifier)
         self._lock = threading.RLock()  # TensorFlow calls from several threads
         self._watchdog = Watchdog(
@@ -154,9 +189,13 @@ class SparseCompressor:
         return f"SparseCompressor({self._path.configuration})"
 
     def __hash__(self) -> int:
-        """By identity. Horovod looks a compressor up when an optimizer is made."""
-        self._check_owner()
-        return id(self)
+        """By identity and by the optimizer that is made with it, if one is.
+
+        Horovod keeps the function that calls a compressor in a dictionary, in whose
+        keys the compressor is. Two optimizers must not find the same one: what it was
+        traced with would tell the residuals of the first of them, for both.
+        """
+        return hash((id(self), self._owner(optimizer_in_the_making())))
 
     def __eq__(self, other: object) -> bool:
         """By identity."""
@@ -169,31 +208,35 @@ class SparseCompressor:
         """Build the sending of a gradient; returns what Horovod is to reduce.
 
         Raises:
-            ValueError: op, or the process set, is not that of the optimizer.
+            ValueError: op, or the process set, is not that of the optimizer; nobody
+                says whose gradient it is; a loss scale changes.
         """
-        self._check_call()
-        optimizer = _optimizer_that_calls()
-        if optimizer is not None:
-            self._adviser.step(optimizer, self._exchange.rank, stacklevel=2)
+        call = call_of(self, tensor)
+        self._check_call(call.arguments)
+        _check_loss_scale(call)
+        if call.optimizer is not None:
+            self._adviser.step(call.optimizer, self._exchange.rank, stacklevel=2)
         if tensor.dtype not in _FLOATING:
             return tensor, None
-        name = self._name(tensor)
-        if not tensor.shape.is_fully_defined():
+        name, number, sources = self._identity(tensor, call)
+        unknown = not tensor.shape.is_fully_defined()
+        if unknown:
             # as sparse_as_dense makes them: the running graph knows, when it is too
             # late to choose Horovod's own allreduce
             self._path.always_sparse.add(name)
         elif (admitted := self._admit(name, tensor)).dense:
-            self._dense[name] = admitted
+            self._goes_dense(admitted, sources, tensor, call)
             return tensor, None
-        payload = _python(partial(self._send, name), [tensor], tf.uint8, [None])
+        send = partial(self._send, unknown)
+        payload = _python(send, [number, tensor], tf.uint8, [None])
         gathered = _horovod().allgather(
             payload,
-            name=f"HorovodAllgather.{self._prefix}.{name}",
+            name=f"HorovodAllgather.{self._prefix}.{collective(name)}",
             ignore_name_scope=True,
             process_set=self._group(),
         )
         # depends on data, or it would be computed once and for all; used by nobody
-        return tf.cast(payload[:1], tf.float32), Context(name, gathered, tensor)
+        return tf.cast(payload[:1], tf.float32), Context(number, gathered, tensor)
 
     @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
     def decompress(self, tensor: Tensor, ctx: Context | None) -> Tensor:
@@ -205,15 +248,34 @@ class SparseCompressor:
         """
         if ctx is None:
             return tensor
-        gradient = ctx.gradient
-        receive = partial(self._receive, ctx.name)
-        return _python(receive, [ctx.gathered], gradient.dtype, gradient.shape)
+        like = ctx.gradient
+        inputs = [ctx.number, ctx.gathered]
+        return _python(self._receive, inputs, like.dtype, like.shape)
 
     # ------------------------------------------------------------ run at every step
 
-    def _send(self, name: str, gradient: Array) -> Array:
+    def _identify(self, dense: list[int], description: Any) -> Array:
+        """Which variables the graph runs with; before any of them is sent.
+
+        Args:
+            dense: places of those that Horovod reduces itself.
+            description: see `VariableNames.describe`.
+        """
+        with self._lock:
+            self._forget()
+            names = self._names.named(description)
+            for place in dense:
+                if (tensor := self._dense.get(names[place])) is not None:
+                    size = tensor.header.n * tensor.itemsize
+                    self._path.count(tensor, tensor.header.n, size, size)
+            return np.array([self._number(name) for name in names], np.int64)
+
+    def _send(self, unknown: bool, number: Any, gradient: Array) -> Array:
         gradient = np.asarray(gradient)  # TensorFlow hands over a scalar as a number
         with self._lock:
+            name = self._named(number)
+            if unknown:
+                self._path.always_sparse.add(name)
             tensor = self._path.admit(name, gradient)
             if tensor.in_flight:  # its result was never asked for
                 self._path.recall(self._flights[name])
@@ -221,8 +283,9 @@ class SparseCompressor:
             self._flights[name] = self._path.send(name, gradient)
             return self._exchange.outgoing(name)
 
-    def _receive(self, name: str, gathered: Array) -> Array:
+    def _receive(self, number: Any, gathered: Array) -> Array:
         with self._lock:
+            name = self._named(number)
             flight = self._flights[name]
             self._exchange.deliver(name, gathered)
             out = self._outs.take(name, flight.tensor.shape, flight.tensor.array_dtype)
@@ -236,36 +299,98 @@ class SparseCompressor:
                 raise
             finally:
                 self._watchdog.received(name)
-            self._count(flight.tensor.header.step)
+            self.traffic.steps = max(self.traffic.steps, flight.tensor.header.step)
             return out
 
-    def _count(self, step: int) -> None:
-        """What Horovod reduces without us is sent as often as the first of ours."""
-        if step <= self.traffic.steps:
-            return
-        self.traffic.steps = step
-        for tensor in self._dense.values():
-            n = tensor.header.n
-            self._path.count(tensor, n, n * tensor.itemsize, n * tensor.itemsize)
+    # ----------------------------------------------------------------- whose it is
 
-    # ---------------------------------------------------------------------- facts
+    def _identity(self, tensor: Tensor, call: Call) -> tuple[str, Tensor, Any]:
+        """Its name while tracing; what tells it when the graph runs; its companions.
 
-    def _name(self, tensor: Tensor) -> str:
-        """Its place among the gradients of its graph, which retracing does not change.
-
-        Outside of any graph, the name that the caller gave to Horovod.
+        Raises:
+            ValueError: neither Horovod nor the caller says whose gradient it is.
         """
-        if hasattr(tensor, "numpy"):
-            name = _caller_of(self).get("name")
-            if name is None:
-                raise ValueError(
-                    "hvd.allreduce(..., compression=SparseCompressor(...)) outside of "
-                    "an optimizer, a tape or a tf.function needs name="
-                )
-            return str(name)
-        count = self._counts.get(tensor.graph, 0)
-        self._counts[tensor.graph] = count + 1
-        return f"gradient{count}"
+        with self._lock:
+            if call.variables is None:
+                name = call.arguments.get("name")
+                if name is None:
+                    raise ValueError(
+                        f"a gradient of shape {tensor.shape} belongs to no variable "
+                        "that can be seen: hvd.allreduce(..., compression="
+                        "SparseCompressor(...)) outside of an optimizer or a tape "
+                        "needs name="
+                    )
+                shape = tuple(-1 if n is None else n for n in tensor.shape)
+                name = self._names.see_tensor(str(name), shape)
+                return name, tf.constant(self._number(name), tf.int64), None
+            place = _place(tensor, call)
+            scope = self._scope(call.optimizer)
+            names = self._names.see(call.variables, scope, _places(call.gradients))
+            if hasattr(tensor, "numpy"):  # functions run eagerly: nothing is traced
+                self._forget()
+                number = tf.constant(self._number(names[place]), tf.int64)
+                return names[place], number, None
+            sources = self._sources_of(tensor.graph, call.variables, scope)
+            return names[place], sources.numbers[place], sources
+
+    def _sources_of(self, graph: Any, variables: Sequence[Any], scope: str) -> Sources:
+        """Made once for all that leave together, outside of their branches."""
+        if not hasattr(graph, _SOURCES):
+            setattr(graph, _SOURCES, [])
+        known: list[Sources] = getattr(graph, _SOURCES)
+        of = (self, sys.intern(scope), *variables)
+        for sources in known:
+            if sources.are(*of):
+                return sources
+        sources = Sources(*of)
+        with graph.as_default(), tf.control_dependencies(None):
+            description = self._names.describe(variables, scope)
+            identify = partial(self._identify, sources.dense)
+            sources.numbers = _python(identify, [description], tf.int64, [None])
+        known.append(sources)
+        return sources
+
+    def _goes_dense(
+        self, admitted: Admitted, sources: Any, tensor: Tensor, call: Call
+    ) -> None:
+        self._dense[admitted.name] = admitted
+        if sources is not None:
+            sources.dense.append(_place(tensor, call))
+
+    def _number(self, name: str) -> int:
+        if name not in self._numbered:
+            self._numbered[name] = len(self._called)
+            self._called.append(name)
+        return self._numbered[name]
+
+    def _named(self, number: Any) -> str:
+        return self._called[int(number)]
+
+    def _owner(self, optimizer: Any) -> int:
+        """In the order in which they are made, which is that on every rank."""
+        if optimizer is None:
+            return 0
+        owner = self._owners.get(id(optimizer))
+        if owner is None:
+            owner = self._owners[id(optimizer)] = self._owned
+            self._owned += 1
+            ours = weakref.ref(self)
+            ends = weakref.finalize(optimizer, _end, ours, id(optimizer))
+            ends.atexit = False
+        return owner
+
+    def _scope(self, optimizer: Any) -> str:
+        return "" if optimizer is None else f"@{self._owner(optimizer)}"
+
+    def _forget(self) -> None:
+        for name in self._names.gone():
+            tensor = self._path.tensors.get(name)
+            if tensor is not None and tensor.in_flight:
+                continue
+            self._path.forget(name)
+            self._outs.forget(name)
+            self._dense.pop(name, None)
+            self._flights.pop(name, None)
 
     def _admit(self, name: str, tensor: Tensor) -> Admitted:
         """Shape and dtype are checked while tracing, memory is not needed for that."""
@@ -273,8 +398,7 @@ class SparseCompressor:
         with self._lock:
             return self._path.admit(name, like)
 
-    def _check_call(self) -> None:
-        call = _caller_of(self)
+    def _check_call(self, call: Mapping[str, Any]) -> None:
         hvd = _horovod()
         op = call.get("op")
         if op == hvd.Adasum:
@@ -294,30 +418,6 @@ class SparseCompressor:
                 f"process_set must be that of the optimizer, {theirs}, got "
                 f"{self._process_set}"
             )
-
-    def _check_owner(self) -> None:
-        """Two optimizers with one compressor would share residuals unnoticed."""
-        frame = sys._getframe(2)
-        for _ in range(_FRAMES):
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, tf.keras.optimizers.Optimizer) or hasattr(
-                owner, "_allreduce_grads"
-            ):
-                break
-            if frame.f_back is None:
-                return
-            frame = frame.f_back
-        else:
-            return
-        if hasattr(owner, "_tape") or isinstance(owner, tf.GradientTape):
-            return  # a loop makes a new tape at every step
-        known = None if self._owner is None else self._owner()
-        if known is not None and known is not owner:
-            raise ValueError(
-                "one SparseCompressor serves one optimizer, got a second: give each "
-                "its own, with another prefix"
-            )
-        self._owner = weakref.ref(owner)
 
     def _group(self) -> Any:
         if self._process_set is None:
@@ -342,8 +442,11 @@ class SparseCompressor:
             format, rank, size, configuration, step, and under "tensors", per name,
             shape, dtype, step and residual (a tf.Tensor; None where it goes dense).
         """
+        gc.collect()  # ranks must agree on which variables live
         with self._lock:
-            return as_tensors(self._path.state_dict())
+            self._forget()
+            state = self._path.state_dict()
+            return as_tensors({**state, "variables": self._names.saved()})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue, bitwise, where state_dict was called; each rank its own.
@@ -351,10 +454,14 @@ class SparseCompressor:
         Raises:
             ValueError: the state is of another rank, size, configuration or model.
         """
+        gc.collect()
         with self._lock:
+            self._forget()
+            loaded = self._names.loaded(state)
+            self._path.load_state_dict(complete(loaded, self._path.state_dict()))
+            self._names.adopt(loaded)
             self._flights.clear()
             self._watchdog.forget()
-            self._path.load_state_dict(state)
 
 
 class _GraphExchange:
@@ -418,28 +525,34 @@ def _python(function: Any, inputs: list[Tensor], dtype: Any, shape: Any) -> Tens
     return result
 
 
-def _optimizer_that_calls() -> Any:
-    """The Keras optimizer whose method calls compress; None for a tape.
-
-    However far: between the two TensorFlow traces a function, and AutoGraph converts.
-    """
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, _KERAS):
-            return owner
-        frame = frame.f_back
-    return None
+def _check_loss_scale(call: Call) -> None:
+    """Residuals are in units of it; and a skipped step would not be noticed here."""
+    for optimizer in (call.loss_scale, call.optimizer):
+        if getattr(optimizer, "dynamic", False) and hasattr(optimizer, "loss_scale"):
+            raise ValueError(
+                "a LossScaleOptimizer under Horovod must not change its scale, or what "
+                "was not sent would be out of proportion: LossScaleOptimizer("
+                "hvd.DistributedOptimizer(...), dynamic=False, initial_scale=1024), or "
+                "wrap a LossScaleOptimizer over plain MPI, which follows the scale"
+            )
 
 
-def _caller_of(compressor: SparseCompressor) -> dict[str, Any]:
-    """The arguments of the Horovod function that calls, as far as they are found."""
-    frame = sys._getframe(2)
-    for _ in range(_FRAMES):
-        local = frame.f_locals
-        if local.get("compression") is compressor and "op" in local:
-            return local
-        if frame.f_back is None:
-            break
-        frame = frame.f_back
-    return {}
+def _place(gradient: Tensor, call: Call) -> int:
+    return next(p for p, other in enumerate(call.gradients) if other is gradient)
+
+
+def _places(gradients: Sequence[Tensor]) -> list[int]:
+    """Among those that are compressed: by these version 0.1.0 knew them."""
+    places, count = [], 0
+    for gradient in gradients:
+        taken = isinstance(gradient, tf.Tensor) and gradient.dtype in _FLOATING
+        places.append(count if taken else -1)
+        count += taken
+    return places
+
+
+def _end(ours: "weakref.ref[SparseCompressor]", identity: int) -> None:
+    """An optimizer is gone. The garbage collector calls this wherever it is."""
+    compressor = ours()
+    if compressor is not None:
+        compressor._names.end(f"@{compressor._owners.pop(identity)}")

@@ -111,7 +111,7 @@ class Gradients:
     def _run(
         self, description: Any, arrays: Sequence[Array], parts: list[int | _Slices]
     ) -> list[Any]:
-        named = dict(zip(self._named(description, arrays, parts), parts, strict=True))
+        named = dict(zip(self._named(description), parts, strict=True))
         dense = {n: p for n, p in named.items() if isinstance(p, int)}
         slices = {n: p for n, p in named.items() if isinstance(p, _Slices)}
         given = {name: arrays[place] for name, place in dense.items()}
@@ -132,13 +132,10 @@ class Gradients:
             results[s.values], results[s.indices] = values, indices
         return [description, *results]
 
-    def _named(
-        self, description: Any, arrays: Sequence[Array], parts: list[int | _Slices]
-    ) -> list[str]:
+    def _named(self, description: Any) -> list[str]:
         self._forget()
-        shapes = [_dense_shape(arrays, part) for part in parts]
         try:
-            return self.names.named(description, shapes)
+            return self.names.named(description)
         except ValueError as error:
             self.reduce.report(error)
             raise
@@ -173,12 +170,6 @@ def _as_slices(gradient: Any, place: int) -> _Slices:
     known = None not in shape
     size = int(np.prod(shape)) * gradient.values.dtype.size if known else 1
     return _Slices(place, place + 1, size, shape)
-
-
-def _dense_shape(arrays: Sequence[Array], part: int | _Slices) -> tuple[int, ...]:
-    if isinstance(part, int):
-        return tuple(np.shape(arrays[part]))
-    return tuple(-1 if n is None else n for n in part.shape)
 
 
 def _rebuilt(gradients: Sequence[Tensor], results: Sequence[Tensor]) -> list[Tensor]:

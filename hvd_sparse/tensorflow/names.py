@@ -31,8 +31,11 @@ Tensor = Any  # TensorFlow has no types
 Shape = tuple[int, ...]
 
 _RESOURCE = re.compile(r"<ResourceHandle\(.*\)>", re.DOTALL)
-_NAME = re.compile(r'ResourceHandle\(name="(.*?)(?:/\d+)?", device=')
+_DESCRIBED = re.compile(
+    r'ResourceHandle\(name="(.*?)(?:/\d+)?", device=.*Shape: \[([^\]]*)\]', re.DOTALL
+)
 _NUMBER = re.compile(r"(.*?)(?:_(\d+))?")
+_SCOPE = re.compile(r"(.*?)(@\d+)?")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
 _TENSOR = "tensor "
 _HOLE = "\1"  # in the text of a graph, where a resource goes
@@ -97,7 +100,8 @@ class VariableNames:
 
         Args:
             sources: variables of TensorFlow or Keras, and tensors.
-            scope: in front of the names; what differs in it is another variable.
+            scope: "", or a number such as "@1", of an optimizer that has residuals of
+                its own.
             places: what version 0.1.0 called them by; their order unless given.
 
         Raises:
@@ -110,6 +114,11 @@ class VariableNames:
             for name, variable in zip(names, seen, strict=True):
                 self._named[variable.key] = (name, variable)
             return names
+
+    def see_tensor(self, name: str, shape: Shape) -> str:
+        """The name of a tensor for which the user chose one."""
+        with self._lock:
+            return self._names_of([Seen(_TENSOR + name, name, shape, -1)])[0]
 
     def describe(self, sources: Sequence[Any], scope: str = "") -> Tensor:
         """A scalar string that tells `named` which variables these are, when it runs.
@@ -139,30 +148,39 @@ class VariableNames:
 
     # ----------------------------------------------------------------- while it runs
 
-    def named(self, description: Any, shapes: Sequence[Shape]) -> list[str]:
+    def named(self, description: Any) -> list[str]:
         """The names of the variables that a graph runs with.
 
         Args:
             description: what the tensor of `describe` was, as TensorFlow gives it.
-            shapes: of their gradients.
+
+        Raises:
+            ValueError: a variable was deleted, and it can not be told which it was.
         """
         text = bytes(np.asarray(description).item()).decode()
-        keys = text.split("\n") if text else []
         with self._lock:
-            seen = [
-                Seen(key, self._raw(key), shape, place)
-                for place, (key, shape) in enumerate(zip(keys, shapes, strict=True))
-            ]
-            return self._names_of(_each_once(seen))
+            keys = _each_once(
+                [Seen(key, "", (), -1) for key in text.split("\n") if key]
+            )
+            known = [self._named.get(key) for key, *_ in keys]
+            return self._names_of(
+                [
+                    _described(variable.key) if named is None else named[1]
+                    for variable, named in zip(keys, known, strict=True)
+                ]
+            )
 
     def gone(self) -> Iterable[str]:
-        """Names of variables that live no more, each once."""
+        """Names of variables, or of scopes, that live no more, each once."""
         while self._gone:
-            key = self._gone.popleft()
+            gone = self._gone.popleft()
             with self._lock:
-                again = [k for k in self._named if k.partition("\t")[0] == key]
-                for each in again:
-                    yield self._named.pop(each)[0]
+                for key in [k for k in self._named if gone in k.split("\t")[:2]]:
+                    yield self._named.pop(key)[0]
+
+    def end(self, scope: str) -> None:
+        """The optimizer of this scope lives no more. Garbage collectors may call it."""
+        self._gone.append(scope)
 
     # ------------------------------------------------------------------------- states
 
@@ -265,7 +283,7 @@ class VariableNames:
         self._taken.add(collective(name))
 
     def _fresh(self, raw: str) -> str:
-        template, numbers = _split(raw)
+        template, numbers, scope = _split(raw)
         first = self._first.setdefault(template, numbers)
         parts = [
             part if number == start else f"{part}{number - start:+d}"
@@ -273,7 +291,7 @@ class VariableNames:
                 template.split("/"), numbers, first, strict=True
             )
         ]
-        return self._free("/".join(parts), set())
+        return self._free("/".join(parts) + scope, set())
 
     def _free(self, name: str, also: set[str]) -> str:
         taken = self._taken | {collective(n) for n in {*self._waiting, *also}}
@@ -291,17 +309,13 @@ class VariableNames:
         for place, source in zip(order, sources, strict=True):
             shape = _shape(source)
             if _is_variable(source):
-                key, raw = self._key(_bare(source)), scope + raw_name(source)
+                key, raw = self._key(_bare(source)), raw_name(source) + _suffix(scope)
                 seen.append(Seen(_scoped(key, scope), raw, shape, place))
             else:
-                name = f"{scope}source{tensors}"
+                name = f"source{tensors}{_suffix(scope)}"
                 seen.append(Seen(f"{_TENSOR}{name}", name, shape, place))
                 tensors += 1
         return seen
-
-    def _raw(self, key: str) -> str:
-        known = self._named.get(key)
-        return _raw_of(key) if known is None else known[1].raw
 
     def _key(self, variable: Any) -> str:
         """Its resource as text; where there is none yet, a number for the object."""
@@ -357,18 +371,22 @@ def _shape(source: Any) -> Shape:
 
 
 def _scoped(key: str, scope: str) -> str:
-    return f"{key}\t{scope}" if scope else key
+    return f"{key}\t{scope}"
 
 
-def _raw_of(key: str) -> str:
-    """Of a variable that Python never saw: the name that TensorFlow has for it."""
-    if key.startswith(_TENSOR):
-        return key.removeprefix(_TENSOR)
-    text, _, scope = key.partition("\t")
-    found = _NAME.search(text)
+def _described(key: str) -> Seen:
+    """A variable that Python never saw: what TensorFlow says of it."""
+    text, scope = key.split("\t")[:2]
+    found = _DESCRIBED.search(text)
     if found is None:
         raise ValueError(f"{text}: a graph runs with a variable that was deleted")
-    return scope + found[1]
+    sizes = [size for size in found[2].split(",") if size]
+    shape = tuple(int(size) if size.isdigit() else -1 for size in sizes)
+    return Seen(key, found[1] + _suffix(scope), shape, -1)
+
+
+def _suffix(scope: str) -> str:
+    return "" if scope == "@0" else scope
 
 
 def _each_once(seen: Sequence[Seen]) -> list[Seen]:
@@ -377,16 +395,19 @@ def _each_once(seen: Sequence[Seen]) -> list[Seen]:
     distinct = []
     for variable in seen:
         again = times[variable.key] = times.get(variable.key, 0) + 1
-        key = variable.key if again == 1 else f"{variable.key}\t\t{again}"
+        key = variable.key if again == 1 else f"{variable.key}\t{again}"
         distinct.append(variable._replace(key=key))
     return distinct
 
 
-def _split(raw: str) -> tuple[str, list[int]]:
-    """A name without the numbers at the ends of its parts, and these."""
-    matches = [_NUMBER.fullmatch(part) for part in raw.split("/")]
+def _split(raw: str) -> tuple[str, list[int], str]:
+    """A name without the numbers at the ends of its parts, these, and its scope."""
+    scoped = _SCOPE.fullmatch(raw)
+    assert scoped  # it matches everything
+    matches = [_NUMBER.fullmatch(part) for part in scoped[1].split("/")]
     template = "/".join(match[1] for match in matches if match)
-    return template, [int(match[2] or 0) for match in matches if match]
+    numbers = [int(match[2] or 0) for match in matches if match]
+    return template, numbers, scoped[2] or ""
 
 
 def _match(
