@@ -1,7 +1,7 @@
 """The door for numpy arrays over plain MPI."""
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -262,16 +262,25 @@ class SparseAllreduce:
         with self._alone(), self._nothing_lost():
             return self._exchange.advance()
 
-    def finish(self) -> dict[str, Array]:
-        """Wait, aggregate, and hand back."""
+    def finish(
+        self, unless: Callable[[Mapping[str, Array]], bool] = lambda outs: False
+    ) -> dict[str, Array]:
+        """Wait, aggregate, and hand back.
+
+        Args:
+            unless: given the results, the same on every rank, whether nobody will use
+                them: then what was sent is put back.
+        """
         with self._alone():
             if not self._under_way:
                 raise RuntimeError("start() must come before finish()")
             with self._nothing_lost():
                 self._exchange.close_step()
-            return self._hand_back()
+            return self._hand_back(unless)
 
-    def _hand_back(self) -> dict[str, Array]:
+    def _hand_back(
+        self, unless: Callable[[Mapping[str, Array]], bool]
+    ) -> dict[str, Array]:
         outs = dict(self._outs)
         with self._nothing_lost():
             for flight in self._flights:
@@ -283,6 +292,9 @@ class SparseAllreduce:
             self.gathered = {
                 n: list(self._exchange.finish(h)) for n, h in self._handles.items()
             }
+            if unless(outs):
+                for flight in self._flights:
+                    self._path.recall(flight)
         for flight in self._flights:  # all have arrived
             self._path.settle(flight)
         self._count()

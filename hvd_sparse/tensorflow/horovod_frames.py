@@ -1,4 +1,4 @@
-"""What Horovod knows and does not say: for whom, and of which variables, it compresses.
+"""What callers know and do not say: for whom Horovod compresses, of which variables.
 
 Horovod calls `compress` with a gradient and nothing else, and a gradient of TensorFlow
 does not know its variable. Its own functions, which call, have both, so their frames
@@ -11,6 +11,9 @@ Of Horovod 0.28.1, between compress and its caller, under AutoGraph tf__...:
     allreduce, grouped_allreduce           tensor or tensors, op, process_set, name
     allreduce_grads                        grads, vars
     compute_gradients and the like         self, an optimizer with _allreduce_grads
+
+Over plain MPI one thing is found the same way, the LossScaleOptimizer that calls the
+optimizer inside it.
 
 Of frames of other names nothing is read: a frame whose locals are looked at keeps all
 of them alive until it returns, and users' frames hold models and data.
@@ -29,6 +32,7 @@ _KERAS = (tf.keras.optimizers.Optimizer, tf.keras.optimizers.legacy.Optimizer)
 _OPTIMIZERS = (*_KERAS, tf.compat.v1.train.Optimizer)
 _SCALED = tf.keras.mixed_precision.LossScaleOptimizer
 _ALLREDUCE = {"allreduce", "grouped_allreduce"}
+_APPLY = {"apply", "apply_gradients", "_apply_gradients"}
 _METHODS = {"compute_gradients", "_compute_gradients", "get_gradients"}
 
 
@@ -85,6 +89,16 @@ def optimizer_in_the_making() -> Any:
                 return owner
             if isinstance(owner, tf.GradientTape):
                 return None
+    return None
+
+
+def loss_scale_around(optimizer: Any) -> Any:
+    """The LossScaleOptimizer that applies gradients by this optimizer, or None."""
+    for name, frame in _frames(1):
+        if name in _APPLY:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, _SCALED) and owner is not optimizer:
+                return owner
     return None
 
 

@@ -8,8 +8,9 @@ them a step has gradients of (see `names`).
 
 import gc
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,13 @@ from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.mpi import Blob, SparseAllreduce
 from hvd_sparse.tensorflow.advice import advise
 from hvd_sparse.tensorflow.buffers import Buffers
+from hvd_sparse.tensorflow.loss_scales import (
+    check_scale,
+    is_finite,
+    refuse_outside,
+    skips_steps,
+    times,
+)
 from hvd_sparse.tensorflow.names import VariableNames
 from hvd_sparse.tensorflow.states import as_tensors, complete
 from hvd_sparse.tensorflow.stores import Configuration, join, leave
@@ -64,13 +72,18 @@ class Gradients:
 
     @_do_not_convert  # type: ignore[untyped-decorator]
     def exchange(
-        self, gradients: Sequence[Tensor], sources: Sequence[Any]
+        self,
+        gradients: Sequence[Tensor],
+        sources: Sequence[Any],
+        *,
+        skips: bool = False,
     ) -> list[Tensor]:
         """The mean or sum over ranks of every gradient; None stays None.
 
         Args:
             gradients: those that came as tf.IndexedSlices stay so.
             sources: the variable, or tensor, of each.
+            skips: the caller will not use results that are not finite.
 
         Raises:
             ValueError: which residual is whose can not be told (see `names`).
@@ -92,7 +105,7 @@ class Gradients:
 
         def run(description: Any, *arrays: Array) -> list[Array]:
             with self._lock:
-                return self._run(description, arrays, parts)
+                return self._run(description, arrays, parts, skips)
 
         with tf.device("/cpu:0"):
             # also where there is none: a peer that has some must hear of it
@@ -109,7 +122,11 @@ class Gradients:
             raise
 
     def _run(
-        self, description: Any, arrays: Sequence[Array], parts: list[int | _Slices]
+        self,
+        description: Any,
+        arrays: Sequence[Array],
+        parts: list[int | _Slices],
+        skips: bool,
     ) -> list[Any]:
         named = dict(zip(self._named(description), parts, strict=True))
         dense = {n: p for n, p in named.items() if isinstance(p, int)}
@@ -120,17 +137,28 @@ class Gradients:
             n: _pack(arrays[s.values], arrays[s.indices], s) for n, s in slices.items()
         }
         self.reduce.start(given, outs, blobs)
-        self.reduce.finish()
+
+        def unused(outs: Mapping[str, Array]) -> bool:
+            rows = (self._rows(n, s, arrays)[0] for n, s in slices.items())
+            return skips and not is_finite(chain(outs.values(), rows))
+
+        self.reduce.finish(unused)
         results = list(arrays)
         for name, place in dense.items():
             results[place] = outs[name]
         for name, s in slices.items():
-            gathered = self.reduce.gathered[name]
-            values, indices = _unpack(gathered, arrays[s.values], arrays[s.indices])
-            if self._op is Op.Average:
-                values = values * values.dtype.type(1 / self.reduce.size)
-            results[s.values], results[s.indices] = values, indices
+            results[s.values], results[s.indices] = self._rows(name, s, arrays)
         return [description, *results]
+
+    def _rows(
+        self, name: str, of: _Slices, arrays: Sequence[Array]
+    ) -> tuple[Array, Array]:
+        """Values and indices of tf.IndexedSlices, of all ranks."""
+        gathered = self.reduce.gathered[name]
+        values, indices = _unpack(gathered, arrays[of.values], arrays[of.indices])
+        if self._op is Op.Average:
+            values = values * values.dtype.type(1 / self.reduce.size)
+        return values, indices
 
     def _named(self, description: Any) -> list[str]:
         self._forget()
@@ -381,7 +409,8 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
     The optimizer itself is changed, and returned: it stays an instance of its class and
     keeps its variables. New are `residual_state_dict`, `load_residual_state_dict`,
     `traffic` and `close`. With loss scaling wrap the LossScaleOptimizer, not the
-    optimizer inside it: a rank that skips a step alone would stall the others.
+    optimizer inside it, which a rank would skip alone: residuals follow its scale, and
+    steps are skipped on all ranks or on none.
 
     Args:
         optimizer: of Keras 2 (also legacy) or Keras 3.
@@ -396,12 +425,16 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
 
     Raises:
         TypeError: not a Keras optimizer, or one that is distributed already.
+        ValueError: an argument is out of range, or the initial_scale of a
+            LossScaleOptimizer of Keras 3 is no power of 2.
     """
     if isinstance(optimizer, _Distributed):
         raise TypeError("optimizer is distributed already; wrap it once")
     kind = type(optimizer)
     if not hasattr(optimizer, "apply_gradients"):
         raise TypeError(f"optimizer must be a Keras optimizer, got {kind.__name__}")
+    if hasattr(optimizer, "stateless_apply"):
+        check_scale(optimizer)
     options = {"comm": comm, "op": op, "dense": dense, "timeout_s": timeout_s}
     again = partial(DistributedOptimizer, sparsifier=sparsifier, **options)
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
@@ -463,9 +496,12 @@ class _DistributedLegacy(_Distributed):
     @_do_not_convert  # type: ignore[untyped-decorator]
     def apply_gradients(self, grads_and_vars: Any, *args: Any, **options: Any) -> Any:
         """Exchange the gradients, then the optimizer's own."""
+        refuse_outside(self)
         self._sparse.advise(self)
         pairs = list(grads_and_vars)
-        exchanged = self._sparse.exchange([g for g, _ in pairs], [v for _, v in pairs])
+        gradients, sources = [g for g, _ in pairs], [v for _, v in pairs]
+        skips = skips_steps(self)
+        exchanged = self._sparse.exchange(gradients, sources, skips=skips)
         replaced = [(g, v) for g, (_, v) in zip(exchanged, pairs, strict=True)]
         return super().apply_gradients(replaced, *args, **options)  # type: ignore[misc]
 
@@ -489,11 +525,21 @@ class _DistributedKeras3(_Distributed):
     @_do_not_convert  # type: ignore[untyped-decorator]
     def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
         """Exchange the gradients, then the optimizer's own."""
+        refuse_outside(self)
         self._sparse.advise(self)
         known: Any = self  # a Keras optimizer
-        variables = known._trainable_variables
-        sources = variables if trainable_variables is None else trainable_variables
-        exchanged = self._sparse.exchange(list(grads), list(sources))
+        variables = trainable_variables
+        if variables is None:
+            variables = known._trainable_variables
+        if skips_steps(self):
+            if not known.built:  # or there is no scale yet
+                known.build(variables)
+            scale = tf.convert_to_tensor(known.dynamic_scale)
+            unscaled = times(grads, 1 / scale)
+            exchanged = self._sparse.exchange(unscaled, list(variables), skips=True)
+            exchanged = times(exchanged, scale)
+        else:
+            exchanged = self._sparse.exchange(list(grads), list(variables))
         return super().apply(exchanged, trainable_variables)  # type: ignore[misc]
 
 

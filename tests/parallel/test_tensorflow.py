@@ -17,6 +17,7 @@ from hvd_sparse import (
     TopK,
     WhenCheaper,
 )
+from hvd_sparse.core.memory import ErrorFeedback
 
 COMM = MPI.COMM_WORLD
 RANK, SIZE = COMM.Get_rank(), COMM.Get_size()
@@ -369,6 +370,98 @@ def test_loss_scaling_skips_a_step_on_all_ranks_or_on_none():
     assert values[2] < 0.9
     assert agree(np.asarray(weights.numpy()).tobytes())
     optimizer.close()
+
+
+def scaled_optimizer(inner=None, **options):
+    scaled = tf.keras.mixed_precision.LossScaleOptimizer
+    return scaled(inner or tf.keras.optimizers.SGD(1.0), **options)
+
+
+def trained_by_hand(shape, skipped, draw):
+    """What a variable becomes whose optimizer skips steps; all ranks computed here."""
+    value, memories = (
+        np.zeros(shape, np.float32),
+        [ErrorFeedback() for _ in range(SIZE)],
+    )
+    k = int(np.ceil(0.1 * value.size))
+    for step in range(6):
+        total = np.zeros(value.size, np.float32)
+        for rank, memory in enumerate(memories):
+            gradient = draw(rank, step)
+            residual = memory.residual("it", gradient)
+            chosen = TopK(0.1).select(residual, gradient, k, step)
+            if step in skipped:
+                memory.restore("it", chosen.indices, chosen.values)
+            else:
+                np.add.at(total, chosen.indices, chosen.values)
+        value -= total * np.float32(1 / SIZE)
+    return value
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("how", ["eager", "graph"])
+def test_residuals_follow_a_loss_scale_and_skipped_steps_lose_nothing(how):
+    skipped, bad = (2, 3), SIZE - 1
+
+    def draw(place, rank, step):
+        gradient = np.random.default_rng([place, rank, step]).standard_normal(40)
+        gradient = gradient.astype(np.float32)
+        if step in skipped and place == 0 and rank == bad:
+            gradient[7] = np.inf
+        return gradient
+
+    optimizer = distribute(
+        scaled_optimizer(initial_scale=2.0**10, dynamic_growth_steps=2), TopK(0.1)
+    )
+    make = tf.keras.Variable if KERAS_3 else tf.Variable
+    held = [make(np.zeros(40, np.float32)) for _ in range(2)]
+    optimizer.build(held)
+
+    def step(*gradients):
+        # that of Keras 2 has unscaled what it applies, that of Keras 3 does so itself
+        scale = tf.convert_to_tensor(optimizer.dynamic_scale) if KERAS_3 else 1.0
+        pairs = zip([g * scale for g in gradients], held, strict=True)
+        optimizer.apply_gradients(list(pairs))
+
+    run, scales = tf.function(step) if how == "graph" else step, []
+    for number in range(6):
+        run(*[tf.constant(draw(place, RANK, number)) for place in range(2)])
+        scale = optimizer.dynamic_scale if KERAS_3 else optimizer.loss_scale
+        scales.append(float(np.asarray(scale)))
+    assert scales == [2.0**n for n in (10, 11, 10, 9, 9, 10)]
+    for place, variable in enumerate(held):
+        expected = trained_by_hand(
+            40, skipped, lambda rank, step, p=place: draw(p, rank, step)
+        )
+        np.testing.assert_array_equal(np.asarray(variable.numpy()), expected)
+    optimizer.close()
+
+
+def test_a_loss_scale_around_the_distributed_optimizer_is_refused():
+    inner = distribute(tf.keras.optimizers.SGD(1.0))
+    optimizer = scaled_optimizer(inner)
+    make = tf.keras.Variable if KERAS_3 else tf.Variable
+    variable = make(np.zeros(4, np.float32))
+    with pytest.raises(ValueError, match=r"DistributedOptimizer\(LossScaleOptimizer\("):
+        optimizer.apply_gradients([(tf.ones(4), variable)])
+    inner.close()
+
+
+@keras_2
+@pytest.mark.ranks
+def test_a_loss_scale_that_is_fixed_may_be_around_it():
+    inner = distribute(tf.keras.optimizers.SGD(1.0), TopK(1.0))
+    optimizer = scaled_optimizer(inner, dynamic=False, initial_scale=3.0)
+    variable = tf.Variable(tf.zeros(4))
+    optimizer.apply_gradients([(tf.ones(4), variable)])
+    assert (variable.numpy() == -1).all()
+    inner.close()
+
+
+@keras_3
+def test_a_loss_scale_that_is_no_power_of_2_is_refused():
+    with pytest.raises(ValueError, match=r"initial_scale must be a power of 2.* 3\.0"):
+        distribute(scaled_optimizer(initial_scale=3.0))
 
 
 # ----------------------------------------------------------------------------- state
