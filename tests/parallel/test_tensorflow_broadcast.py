@@ -52,13 +52,12 @@ def test_a_keras_model_and_its_optimizer():
             tf.keras.layers.BatchNormalization(),
         ]
     )
-    optimizer = tf.keras.optimizers.Adam(0.1 * (RANK + 1))
+    optimizer = tf.keras.optimizers.Adam()
     optimizer.build(model.trainable_variables)
     variables = [*model.variables, *optimizer.variables]
     for root in range(SIZE):
         broadcast(variables, root=root)
         assert len(set(COMM.allgather(bits(variables)))) == 1
-    assert float(optimizer.learning_rate.numpy()) == pytest.approx(0.1)  # rank 0's
 
 
 @pytest.mark.ranks
