@@ -36,6 +36,7 @@ from hvd_sparse.tensorflow.mpi import (
     DistributedOptimizer,
     broadcast_variables,
 )
+from hvd_sparse.tensorflow.saving import load_model
 
 __all__ = [
     "CAT",
@@ -62,5 +63,6 @@ __all__ = [
     "advise",
     "broadcast_variables",
     "checkpoint_path",
+    "load_model",
     "measure",
 ]

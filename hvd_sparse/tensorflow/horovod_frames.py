@@ -12,8 +12,8 @@ Of Horovod 0.28.1, between compress and its caller, under AutoGraph tf__...:
     allreduce_grads                        grads, vars
     compute_gradients and the like         self, an optimizer with _allreduce_grads
 
-Over plain MPI one thing is found the same way, the LossScaleOptimizer that calls the
-optimizer inside it.
+Over plain MPI two things are found the same way: the LossScaleOptimizer that calls the
+optimizer inside it, and that it is for a file that Keras asks for a configuration.
 
 Of frames of other names nothing is read: a frame whose locals are looked at keeps all
 of them alive until it returns, and users' frames hold models and data.
@@ -33,6 +33,8 @@ _OPTIMIZERS = (*_KERAS, tf.compat.v1.train.Optimizer)
 _SCALED = tf.keras.mixed_precision.LossScaleOptimizer
 _ALLREDUCE = {"allreduce", "grouped_allreduce"}
 _APPLY = {"apply", "apply_gradients", "_apply_gradients"}
+_SAVE = {"save_model", "save_model_to_hdf5", "model_metadata", "get_compile_config"}
+_HUSHED = {"_trackable_children"}  # asks too, and lets no warning out
 _METHODS = {"compute_gradients", "_compute_gradients", "get_gradients"}
 
 
@@ -100,6 +102,12 @@ def loss_scale_around(optimizer: Any) -> Any:
             if isinstance(owner, _SCALED) and owner is not optimizer:
                 return owner
     return None
+
+
+def is_saving() -> bool:
+    """Whether Keras saves a model in this thread, in any of its formats."""
+    names = {name for name, _ in _frames(1)}
+    return bool(names & _SAVE) and not names & _HUSHED
 
 
 def _frames(depth: int) -> Iterator[tuple[str, FrameType]]:

@@ -8,6 +8,7 @@ them a step has gradients of (see `names`).
 
 import gc
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -25,6 +26,7 @@ from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.mpi import Blob, SparseAllreduce
 from hvd_sparse.tensorflow.advice import advise
 from hvd_sparse.tensorflow.buffers import Buffers
+from hvd_sparse.tensorflow.horovod_frames import is_saving
 from hvd_sparse.tensorflow.loss_scales import (
     check_scale,
     is_finite,
@@ -410,7 +412,8 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
     keeps its variables. New are `residual_state_dict`, `load_residual_state_dict`,
     `traffic` and `close`. With loss scaling wrap the LossScaleOptimizer, not the
     optimizer inside it, which a rank would skip alone: residuals follow its scale, and
-    steps are skipped on all ranks or on none.
+    steps are skipped on all ranks or on none. In a saved model the optimizer is the
+    plain one, of which saving warns: `load_model` brings it back distributed.
 
     Args:
         optimizer: of Keras 2 (also legacy) or Keras 3.
@@ -454,18 +457,33 @@ def _mixin(optimizer: Any) -> type:
     return _DistributedKeras2 if hasattr(optimizer, "build") else _DistributedLegacy
 
 
+_SAVED = (
+    "the optimizer in the saved model is not distributed: load the model by "
+    "hvd_sparse.tensorflow.load_model(path, sparsifier), or give its optimizer to "
+    "DistributedOptimizer again, or ranks will train by themselves"
+)
+
+
 class _Distributed:
     """What DistributedOptimizer adds, in front of the optimizer's own class."""
 
     _sparse: Gradients
     _plain: type
     _again: Callable[[Any], Any]
+    _warned = False
 
     @classmethod
     def from_config(cls, config: Any, **options: Any) -> Any:
         """A copy: distributed too, with residuals of its own; collective."""
         plain: Any = cls._plain
         return cls._again(plain.from_config(config, **options))
+
+    def get_config(self) -> Any:
+        """The optimizer's own; it does not say how to distribute a copy."""
+        if not self._warned and is_saving():
+            object.__setattr__(self, "_warned", True)
+            warnings.warn(_SAVED, stacklevel=2)
+        return super().get_config()  # type: ignore[misc]
 
     def _see_built(self) -> None:
         """Variables that it was built with have an order that all ranks know."""

@@ -246,6 +246,20 @@ def test_a_restart_from_checkpoints_continues_bitwise(tmp_path):
     assert bits(other) != bits(expected)  # so it was the residuals
 
 
+@pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
+@pytest.mark.parametrize("extension", [".h5", ""])
+def test_horovods_load_model_brings_models_back_distributed(tmp_path, extension):
+    path = f"{tmp_path}/model{extension}"
+    model = compiled(compressor())
+    fit(model)
+    model.save(path)
+    compression = compressor(prefix="again")
+    loaded = hvd_keras.load_model(path, compression=compression)
+    fit(loaded)
+    assert compression.traffic.steps == STEPS
+    assert agree(bits(loaded))
+
+
 def test_logs_have_what_traffic_counted():
     compression = compressor()
     history = fit(compiled(compression), sparse.TrafficLogger(compression)).history

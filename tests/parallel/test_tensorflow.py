@@ -1,5 +1,6 @@
 """The TensorFlow doors over real MPI, Keras 2 or 3; at any number of ranks."""
 
+import warnings
 from typing import ClassVar
 
 import numpy as np
@@ -488,6 +489,48 @@ def test_a_restart_continues_bitwise(sparsifier):
     fit(model, x[40:], y[40:])
     assert bits(model) == expected
     optimizer.close()
+
+
+FORMATS = [".keras", ".h5", *([] if KERAS_3 else [""])]
+
+
+@pytest.mark.ranks
+@pytest.mark.filterwarnings("ignore:.*HDF5 file")
+@pytest.mark.parametrize("extension", FORMATS)
+def test_a_saved_model_comes_back_distributed_and_saving_says_how(tmp_path, extension):
+    model, path = perceptron(), f"{tmp_path}/model{extension}"
+    optimizer = distribute(optimizer_of("Adam"))
+    model.compile(optimizer, "mse", jit_compile=False)
+    x, y = data()
+    fit(model, x[:40], y[:40])
+    with pytest.warns(
+        UserWarning, match=r"not distributed: .*tensorflow\.load_model\("
+    ):
+        model.save(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the optimizer in the saved model")
+        model.save(path)  # once is enough
+    state = optimizer.residual_state_dict()
+    fit(model, x[40:], y[40:])
+    optimizer.close()
+
+    options = {"comm": COMM, "dense": Never(), "timeout_s": 20}
+    loaded = sparse.load_model(path, TopK(0.05), **options)
+    assert type(loaded.optimizer).__name__ == "Adam"
+    loaded.optimizer.load_residual_state_dict(state)
+    fit(loaded, x[40:], y[40:])
+    assert loaded.optimizer.traffic.steps == 10
+    assert agree(bits(loaded))
+    if extension:  # Keras leaves the state of an optimizer out of a SavedModel
+        assert int(loaded.optimizer.iterations) == 10
+        assert bits(loaded) == bits(model)
+    loaded.optimizer.close()
+
+
+def test_a_model_without_an_optimizer_is_refused_by_name(tmp_path):
+    perceptron().save(tmp_path / "model.keras")
+    with pytest.raises(ValueError, match=r"model\.keras: there is no optimizer in it"):
+        sparse.load_model(tmp_path / "model.keras", TopK(0.05), comm=COMM)
 
 
 @pytest.mark.ranks
