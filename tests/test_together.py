@@ -162,6 +162,28 @@ def test_a_gradient_that_is_kept_is_sent_with_the_next_one(name: str) -> None:
     same_bits(group.path.memory.residuals[name], given)
 
 
+@pytest.mark.parametrize("fails", SEVERAL)
+def test_gradients_of_a_group_that_does_not_leave_are_in_the_residuals(
+    fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients = several(0, 0, np.float32)
+    given = {name: gradient.copy() for name, gradient in gradients.items()}
+    group = Groups(1, TopK(0.05)).groups[0]
+    start = group.path.exchange.start
+
+    def refuse(name: str, payload: Any) -> Any:
+        if name == fails:
+            raise RuntimeError("no")
+        return start(name, payload)
+
+    monkeypatch.setattr(group.path.exchange, "start", refuse)
+    with pytest.raises(RuntimeError, match="no"):
+        send(group, gradients)
+    for name, gradient in given.items():
+        same_bits(group.path.memory.residuals[name], gradient.reshape(-1))
+        same_bits(gradients[name], gradient)
+
+
 def test_a_group_with_anything_unexpected_is_left_to_be_received_one_by_one() -> None:
     groups = Groups(2, TopK(0.05))
     gradients = [several(0, rank, np.float32) for rank in range(2)]

@@ -34,6 +34,8 @@ class Together:
     ) -> list[Flight]:
         """Accumulate, select and encode, and start the exchanges.
 
+        If that fails each gradient is in its residual, as a whole.
+
         Args:
             tensors: what `GradientPath.admit` said of the gradients: that they may be
                 `grouped`.
@@ -45,8 +47,11 @@ class Together:
                 both = zip(tensors, gradients, strict=True)
                 self._send_alike([(t, g.ravel()) for t, g in both if t.dtype == dtype])
         except BaseException:
-            for flight in flights:
-                self.path.recall(flight)
+            for flight, gradient in zip(flights, gradients, strict=True):
+                if flight.tensor.in_flight:
+                    self.path.recall(flight)
+                else:
+                    self.keep(flight.tensor, gradient)
             raise
         return flights
 
@@ -62,6 +67,7 @@ class Together:
                 mark_nonfinite(payload)
             tensor.payload, tensor.in_flight = payload, True
             tensor.chosen = tensor.header.k
+        for tensor, payload in zip(tensors, payloads, strict=True):
             self.path.exchange.start(tensor.name, payload)
 
     def keep(self, tensor: Tensor, gradient: Array) -> None:

@@ -399,6 +399,12 @@ class SparseCompressor:
                 if context.place.changed:
                     raise changed(context.name)
                 known.append(self._path.admit(context.name, context.array))
+        except BaseException:
+            self._abandon(contexts)
+            for context in contexts:
+                self._keep_what_is_right(context)
+            raise
+        try:
             flights = self._together.send(known, [c.array for c in contexts])
         except BaseException:
             self._abandon(contexts)
@@ -408,18 +414,25 @@ class SparseCompressor:
             del self._waiting[context.name]
 
     def _abandon(self, contexts: list[Context]) -> None:
-        """Their step ends here: what is not refused goes with the next one."""
+        """Their step ends here."""
         for context in contexts:
             del self._waiting[context.name]
             self._carrier.abandon(context.name)
             self._forget(context)
-            if not context.place.changed:
-                with suppress(TypeError, ValueError):
-                    known = self._path.admit(context.name, context.array)
-                    self._together.keep(known, context.array)
+
+    def _keep_what_is_right(self, context: Context) -> None:
+        """What is not refused goes with the next step."""
+        if not context.place.changed:
+            with suppress(TypeError, ValueError):
+                known = self._path.admit(context.name, context.array)
+                self._together.keep(known, context.array)
 
     def _send_alone(self, context: Context) -> None:
-        context.flight = self._path.send(context.name, context.array)
+        try:
+            context.flight = self._path.send(context.name, context.array)
+        except BaseException:
+            self._forget(context)
+            raise
 
     def _send_dense(self, context: Context) -> Tensor:
         """The gradient as Horovod can reduce it, with what may still wait of it.

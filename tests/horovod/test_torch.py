@@ -1686,6 +1686,21 @@ def test_a_state_that_is_saved_in_the_middle_of_a_step_has_all_of_it(
     assert len(set(gather(str([p.tolist(), q.tolist()])))) == 1
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_residuals_of_an_accelerator_load_where_there_is_none():
+    model = perceptron()
+    compression = compressor(model)
+    optimizer = wrap(model, compression)
+    train(model, optimizer, range(2))
+    state = compression.state_dict()
+    for saved in state["tensors"].values():
+        saved["residual"] = saved["residual"].cuda()
+    train(model, optimizer, [2])
+    compression.load_state_dict(state)
+    train(model, optimizer, [3])
+    assert replicas_agree(model)
+
+
 def test_a_compressor_is_not_copied():
     compression = compressor(perceptron())
     for copied in (copy.copy, copy.deepcopy, pickle.dumps):
