@@ -20,6 +20,7 @@ import tensorflow as tf
 
 from hvd_sparse.advice import Adviser
 from hvd_sparse.broadcast import Broadcast, Described
+from hvd_sparse.core.configuration import describe
 from hvd_sparse.core.contracts import Average, ExchangeError, Op, Sparsifier
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
@@ -265,8 +266,8 @@ def _shared(
     make = partial(_make, sparsifier, comm, op, dense, timeout_s)
     if not hasattr(comm, "Get_attr") or not comm:
         return make()  # which says what is wrong with it
-    configuration = Configuration(type(comm), sparsifier, op, dense, timeout_s)
-    return join(comm, configuration, make)
+    parts = describe(sparsifier, "sparsifier"), op, describe(dense, "dense")
+    return join(comm, Configuration(type(comm), *parts, timeout_s), make)
 
 
 def _world() -> Any:
