@@ -20,6 +20,7 @@ by anybody, so that TensorFlow prunes it: it costs nothing.
 
 import gc
 import operator
+import re
 import sys
 import threading
 import weakref
@@ -72,6 +73,14 @@ def _horovod() -> Any:
             "builds it; without Horovod use hvd_sparse.tensorflow.DistributedOptimizer"
         ) from error
     return hvd
+
+
+def _check_prefix(prefix: str) -> None:
+    """TensorFlow would refuse it too, when it traces, and speak of a scope."""
+    if not isinstance(prefix, str) or not re.fullmatch(r"[\w./-]+", prefix, re.ASCII):
+        raise ValueError(
+            f"prefix must be letters, digits, and any of . _ / -, got {prefix!r}"
+        )
 
 
 def _refuse_keras_3() -> None:
@@ -145,8 +154,8 @@ class SparseCompressor:
             op: that of the optimizer: hvd.Average or hvd.Sum.
             dense: which tensors go dense, by Horovod's own allreduce: WhenCheaper() or
                 Never().
-            prefix: of the names of collectives. Optimizers that work at the same time
-                need different ones.
+            prefix: of the names of collectives: letters, digits, and any of . _ / -.
+                Optimizers that work at the same time need different ones.
             process_set: the one that is given to the optimizer, if any.
             timeout_s: seconds in which nothing moves after which to give up and shut
                 Horovod down; a warning is logged at 60.
@@ -158,6 +167,7 @@ class SparseCompressor:
         """
         if not timeout_s > 0:
             raise ValueError(f"timeout_s must be positive, got {timeout_s}")
+        _check_prefix(prefix)
         _refuse_keras_3()
         hvd = _horovod()
         self._process_set = process_set

@@ -165,6 +165,12 @@ def test_mixed_precision_with_a_loss_scale_that_is_fixed():
     assert agree(bits(model))
 
 
+@pytest.mark.parametrize("prefix", ["my run", "", "a:0", "größe", 3], ids=repr)
+def test_a_prefix_that_tensorflow_can_not_have_is_refused(prefix):
+    with pytest.raises(ValueError, match="prefix must be letters, digits, and any of"):
+        SparseCompressor(TopK(), prefix=prefix)
+
+
 def test_a_loss_scale_that_changes_is_refused_by_name():
     tf.keras.mixed_precision.set_global_policy("mixed_float16")
     model, optimizer = perceptron(), tf.keras.optimizers.SGD(0.05)
