@@ -1787,3 +1787,22 @@ def test_momentum_is_warned_of_once_by_the_first_rank(
     train(model, optimizer, range(3))
     bad = momentum and LOW_DENSITIES[density] and hvd.rank() == 0
     assert advised() == [sparse.advise(optimizer, TopK(density))] * bad
+
+
+@pytest.mark.xfail(
+    strict=True, raises=AttributeError, reason="a step can not be thrown away yet"
+)
+@pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
+def test_a_bad_batch_that_is_thrown_away_leaves_no_trace(carrier):
+    """Its norm is seen after the exchange, and all ranks leave the step out."""
+    model = perceptron()
+    compression = compressor(model, exchange=carrier)
+    optimizer = wrap(model, compression)
+    train(model, optimizer, range(2))
+    before = compression.state_dict()["tensors"]
+    optimizer.zero_grad()
+    (1000 * loss_of(model, 2)).backward()
+    optimizer.synchronize()
+    compression.discard()
+    for name, saved in compression.state_dict()["tensors"].items():
+        assert torch.equal(saved["residual"], before[name]["residual"])

@@ -811,3 +811,29 @@ def test_momentum_is_warned_of_once_by_the_first_rank(
     bad = momentum and LOW_DENSITIES[density] and RANK == 0
     assert advised() == [sparse.advise(optimizer, TopK(density))] * bad
     optimizer.close()
+
+
+@pytest.mark.xfail(
+    strict=True, raises=AttributeError, reason="a step can not be thrown away yet"
+)
+@pytest.mark.parametrize("density", [1.0, 0.01])
+def test_a_bad_batch_that_is_thrown_away_leaves_no_trace(density):
+    """Its norm is seen after the exchange, and all ranks leave the step out."""
+    weight = nn.Parameter(torch.zeros(4000))
+    optimizer = sparse.DistributedOptimizer(
+        torch.optim.SGD([weight], lr=1.0), TopK(density), comm=COMM, dense=Never()
+    )
+    good = torch.randn(4000, generator=torch.Generator().manual_seed(RANK))
+    for step in range(20):
+        optimizer.zero_grad()
+        (weight * good * (1000 if step == 3 else 1)).sum().backward()
+        optimizer.synchronize()
+        if step == 3:
+            optimizer.discard()
+            continue
+        with optimizer.skip_synchronize():
+            optimizer.step()
+    waits = optimizer.residual_state_dict()["tensors"]["group0.parameter0"]["residual"]
+    total = sum(COMM.allgather(waits.numpy())) / SIZE - weight.detach().numpy()
+    expected = 19 * sum(COMM.allgather(good.numpy())) / SIZE
+    np.testing.assert_allclose(total, expected, rtol=1e-4, atol=1e-3)
