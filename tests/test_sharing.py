@@ -53,7 +53,7 @@ def test_a_span_is_that_of_numpy(view: Any) -> None:
     if view.size:
         assert span(view) == (low, high)
     else:
-        assert span(view) == (0, 0)
+        assert span(view).start == span(view).end
 
 
 def test_tensors_of_torch_have_the_spans_of_their_arrays() -> None:
@@ -61,7 +61,10 @@ def test_tensors_of_torch_have_the_spans_of_their_arrays() -> None:
     for tensor in (flat, flat[::2], flat[10:30].view(4, 5).T, flat[:1].expand(4, 5)):
         assert span(tensor) == span(tensor.numpy())
     assert sharing({"front": flat[:30], "back": flat[30:]}) == []
-    assert sharing({"front": flat[:30], "all": flat}) != []
+    assert sharing({"front": flat[:30], "all": flat}) == [("front", "all")]
+    assert sharing({"even": flat[::2], "odd": flat[1::2]}) == []
+    assert repeats(flat[:1].expand(4, 5))
+    assert not repeats(flat.view(6, 10).T)
 
 
 @pytest.mark.parametrize(

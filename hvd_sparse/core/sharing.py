@@ -1,7 +1,7 @@
 """Which arrays share memory: a result must not overwrite what is still to be read."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,7 +11,7 @@ _EFFORT = 100_000  # candidates that numpy tries before it gives up
 
 
 class Span(NamedTuple):
-    """Bytes that an array reaches over: [start, end)."""
+    """Addresses that an array reaches over: [start, end), in bytes."""
 
     start: int
     end: int
@@ -19,15 +19,14 @@ class Span(NamedTuple):
 
 def span(array: Array) -> Span:
     """Of an array on the host or a device, strided in any way."""
+    on_host = isinstance(array, np.ndarray)
+    start = array.__array_interface__["data"][0] if on_host else array.data_ptr()
+    if array.flags.c_contiguous if on_host else array.is_contiguous():
+        return Span(start, start + array.nbytes)
     if 0 in array.shape:
-        return Span(0, 0)
-    if isinstance(array, np.ndarray):
-        start, strides = array.__array_interface__["data"][0], array.strides
-    else:
-        start = array.data_ptr()
-        strides = tuple(stride * array.itemsize for stride in array.stride())
+        return Span(start, start)
     end = start + array.itemsize
-    for length, stride in zip(array.shape, strides, strict=True):
+    for length, stride in zip(array.shape, _strides(array), strict=True):
         reach = (length - 1) * stride
         start, end = (start, end + reach) if reach > 0 else (start + reach, end)
     return Span(start, end)
@@ -45,29 +44,68 @@ def sharing(arrays: Mapping[str, Array]) -> list[tuple[str, str]]:
         pairs += [
             (earlier, name)
             for _, earlier in open_ones
-            if _share(arrays[earlier], arrays[name])
+            if share(arrays[earlier], arrays[name])
         ]
         open_ones.append((here, name))
     return pairs
 
 
-def _share(first: Array, second: Array) -> bool:
-    """Of two arrays whose spans meet; exact on the host, views may interleave."""
-    if not (isinstance(first, np.ndarray) and isinstance(second, np.ndarray)):
-        return True
+def share(first: Array, second: Array) -> bool:
+    """Whether two arrays have memory in common; views of one buffer may interleave.
+
+    What is too hard to tell counts as common.
+    """
     try:
-        return np.shares_memory(first, second, max_work=_EFFORT)
+        one, other = _addresses(first), _addresses(second)
+        return np.shares_memory(one, other, max_work=_EFFORT)
     except np.exceptions.TooHardError:
         return True
 
 
 def repeats(array: Array) -> bool:
     """Whether two elements of it are one in memory, as after a broadcast."""
-    if not isinstance(array, np.ndarray):
-        return bool(0 in array.stride() and array.numel() > 1)
-    if array.flags.c_contiguous or array.size < 2:
+    contiguous = getattr(array, "is_contiguous", lambda: array.flags.c_contiguous)
+    if contiguous() or _is_nested(array):
         return False
     places = np.zeros((), np.int64)
-    for length, stride in zip(array.shape, array.strides, strict=True):
+    for length, stride in zip(array.shape, _strides(array), strict=True):
         places = np.add.outer(places, np.arange(length) * stride)
-    return np.unique(places).size < array.size
+    return np.unique(places).size < places.size
+
+
+def _is_nested(array: Array) -> bool:
+    """Whether each dimension steps over all that is in those of smaller steps."""
+    reach = 0
+    steps = zip(map(abs, _strides(array)), array.shape, strict=True)
+    for stride, length in sorted(steps):
+        if length > 1:
+            if stride <= reach:
+                return False
+            reach += stride * (length - 1)
+    return True
+
+
+def _strides(array: Array) -> tuple[int, ...]:
+    """In bytes."""
+    if isinstance(array, np.ndarray):
+        return array.strides
+    return tuple(stride * array.itemsize for stride in array.stride())
+
+
+class _Addresses:
+    """Those of a tensor's elements, on any device; nothing is read there."""
+
+    def __init__(self, tensor: Array) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (tensor.data_ptr(), True),
+            "typestr": f"|V{tensor.itemsize}",
+            "shape": tuple(tensor.shape),
+            "strides": _strides(tensor),
+        }
+
+
+def _addresses(array: Array) -> Any:
+    if isinstance(array, np.ndarray):
+        return array
+    return np.asarray(_Addresses(array))

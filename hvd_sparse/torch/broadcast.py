@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from hvd_sparse.broadcast import Broadcast, Described
-from hvd_sparse.torch.sharing import is_gapless, overlaps_itself, shared_with
+from hvd_sparse.core.sharing import repeats
+from hvd_sparse.torch.sharing import is_gapless, shared_with
 
 Tensor = torch.Tensor
 
@@ -112,7 +113,7 @@ def _dtype(tensor: Tensor) -> str:
 def _kind(tensor: Tensor) -> str:
     if _is_pickled(tensor):
         return f" of layout {str(tensor.layout).removeprefix('torch.')}"
-    return " expanded" if overlaps_itself(tensor) else ""
+    return " expanded" if repeats(tensor) else ""
 
 
 def _is_pickled(tensor: Tensor) -> bool:

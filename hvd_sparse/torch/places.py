@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from hvd_sparse.core.sharing import repeats, span
+
 Tensor = torch.Tensor
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -120,7 +122,7 @@ class Places:
             ValueError: Horovod is just writing there.
         """
         with _lock:
-            first, stop = _interval(gradient)
+            first, stop = span(gradient)
             met = self._between(first, stop)
             members = [p for region in self._regions[met] for p in region.members]
             _check_unreduced([*members, *self._others(first, stop)])
@@ -179,9 +181,7 @@ class Places:
         Not where others need it: gradients that are under way, the parameter itself,
         whoever may ask for derivatives. Elements that overlap can not hold it either.
         """
-        return not (
-            _is_needed(place) or _overlaps_itself(place.memory) or self._shares(place)
-        )
+        return not (_is_needed(place) or repeats(place.memory) or self._shares(place))
 
     def result(self, place: Place) -> Tensor:
         """Where to write the result."""
@@ -195,7 +195,7 @@ class Places:
             if place.region is None:
                 return False
             alone = len(place.region.members) == 1
-            return not alone or bool(self._others(*_interval(place.memory)))
+            return not alone or bool(self._others(*span(place.memory)))
 
     def _others(self, first: int, stop: int) -> list[Place]:
         """What other compressors have there."""
@@ -222,17 +222,6 @@ def _sum_of_bits(tensor: Tensor) -> Tensor:
     return tensor.view(_INTEGERS[tensor.element_size()]).sum()
 
 
-def _interval(tensor: Tensor) -> tuple[int, int]:
-    """Addresses of the first byte, and of that behind the last."""
-    first, size = tensor.data_ptr(), tensor.element_size()
-    if tensor.is_contiguous():
-        return first, first + size * tensor.numel()
-    if not tensor.numel():
-        return first, first
-    shape = zip(tensor.shape, tensor.stride(), strict=True)
-    return first, first + size * (1 + sum((n - 1) * step for n, step in shape))
-
-
 def _is_needed(place: Place) -> bool:
     if place.gradient.requires_grad:
         return True
@@ -240,15 +229,3 @@ def _is_needed(place: Place) -> bool:
         return False
     weights: Any = place.parameter.untyped_storage()
     return bool(weights.data_ptr() == place.memory.untyped_storage().data_ptr())
-
-
-def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two of its elements may be in one place, as with a stride of 0."""
-    if tensor.is_contiguous():
-        return False
-    behind = 0  # the last element of what strides are shorter
-    for step, n in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if n > 1 and step <= behind:
-            return True
-        behind += (n - 1) * step
-    return False
