@@ -542,6 +542,16 @@ class _DistributedKeras3(_Distributed):
         self._sparse.see(getattr(self, "_trainable_variables", None) or [])
 
     @_do_not_convert  # type: ignore[untyped-decorator]
+    def apply_gradients(self, grads_and_vars: Any) -> Any:
+        """The optimizer's own; peers may have gradients where this rank has none."""
+        pairs = list(grads_and_vars)
+        if not pairs:
+            self._sparse.exchange([], [])
+            known: Any = self  # a Keras optimizer
+            return known.iterations
+        return super().apply_gradients(pairs)  # type: ignore[misc]
+
+    @_do_not_convert  # type: ignore[untyped-decorator]
     def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
         """Exchange the gradients, then the optimizer's own."""
         refuse_outside(self)

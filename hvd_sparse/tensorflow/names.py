@@ -345,9 +345,15 @@ def collective(name: str) -> str:
 
 
 def raw_name(variable: Any) -> str:
-    """As its user sees it: `path` in Keras 3, `name` in TensorFlow and Keras 2."""
-    name = getattr(variable, "path", None) or variable.name
-    return str(name).removesuffix(":0")
+    """As its user sees it: dense/kernel.
+
+    In Keras 2 and TensorFlow that is its name, in Keras 3 the end of its path: how that
+    begins depends on whether the model was built or loaded.
+    """
+    path = getattr(variable, "path", None)
+    if path:
+        return "/".join(str(path).split("/")[-2:])
+    return str(variable.name).removesuffix(":0")
 
 
 def _bare(source: Any) -> Any:

@@ -491,7 +491,8 @@ def test_a_restart_continues_bitwise(sparsifier):
     optimizer.close()
 
 
-FORMATS = [".keras", ".h5", *([] if KERAS_3 else [""])]
+# Keras 3 can not train on with what it loads from an .h5, distributed or not
+FORMATS = [".keras", *([] if KERAS_3 else [".h5", ""])]
 
 
 @pytest.mark.ranks

@@ -233,6 +233,7 @@ TAPES = [Arguments, Tape, Persistent, Anew, Each]
 
 
 @pytest.mark.ranks
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
 @pytest.mark.parametrize("walk", WALKS.values(), ids=WALKS)
 @pytest.mark.parametrize("kind", KINDS + ([] if KERAS_3 else TAPES))
 def test_a_variable_never_gets_the_residual_of_another(kind, walk):
