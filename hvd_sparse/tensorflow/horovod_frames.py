@@ -33,7 +33,7 @@ _OPTIMIZERS = (*_KERAS, tf.compat.v1.train.Optimizer)
 _SCALED = tf.keras.mixed_precision.LossScaleOptimizer
 _ALLREDUCE = {"allreduce", "grouped_allreduce"}
 _APPLY = {"apply", "apply_gradients", "_apply_gradients"}
-_SAVE = {"save_model", "save_model_to_hdf5", "model_metadata", "get_compile_config"}
+_SAVE = {"save_model", "save_model_to_hdf5", "model_metadata"}
 _HUSHED = {"_trackable_children"}  # asks too, and lets no warning out
 _METHODS = {"compute_gradients", "_compute_gradients", "get_gradients"}
 
