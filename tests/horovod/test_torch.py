@@ -854,8 +854,12 @@ def test_steps_with_closures_are_steps_without(density, dense, carrier):
                 closure()
                 optimizer.step()
             assert len(calls) == 1
-        results.append((bits(model), compression.traffic.steps))
-    assert results[0] == results[1]
+        results.append(weights(model))
+        assert compression.traffic.steps == 4
+    if hvd.size() == 2 or dense == Never():
+        assert torch.equal(*results)
+    else:  # Horovod's own sum is in no order of ranks
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
     assert replicas_agree(model)
 
 
