@@ -545,6 +545,20 @@ def _lower_bound(indices: Any, index: int) -> int:
 
 
 @_jit
+def _stream_zeros(out: Any, first: int, stop: int) -> None:
+    """Overwrites out[first:stop] with 0 without reading it; for what is large."""
+    at, place = first, out.ctypes.data
+    while at < stop and (place + at * out.itemsize) % 64:
+        out[at] = 0
+        at += 1
+    whole = stop - (stop - at) % LANES
+    for block in range(at, whole, LANES):
+        stream_zeros16(out, block)
+    out[whole:stop] = 0
+    fence()
+
+
+@_jit
 def _aggregate(
     out: Any,
     offset: int,
@@ -554,13 +568,18 @@ def _aggregate(
     like: Any,
     scale: Any,
     cleared: bool,
+    streamed: bool,
 ) -> int:
     """Overwrites out with the scaled sum of all payloads' entries in [first, stop).
+
+    It is cleared already, or zeros are streamed into it, or else they are written.
 
     Returns how many entries there were: indices that do not ascend are not followed, so
     a damaged payload can not write outside of out.
     """
     taken = 0
+    if streamed:
+        _stream_zeros(out, first - offset, stop - offset)
     ranks = table.shape[0]
     cursors = np.empty(ranks, np.int64)
     for rank in range(ranks):
@@ -570,7 +589,7 @@ def _aggregate(
     for low in range(first, stop, _CHUNK):
         high = min(low + _CHUNK, stop)
         before = taken
-        if not cleared:
+        if not (cleared or streamed):
             out[low - offset : high - offset] = 0
         for rank in range(ranks):
             count = table[rank, 2]
@@ -591,20 +610,6 @@ def _aggregate(
         if taken > before and scale != 1:
             _scale_blocks(out[low - offset : high - offset], touched, scale)
     return taken
-
-
-@_jit
-def _stream_zeros(out: Any, first: int, stop: int) -> None:
-    """Overwrites out[first:stop] with 0 without reading it; for what is large."""
-    at, place = first, out.ctypes.data
-    while at < stop and (place + at * out.itemsize) % 64:
-        out[at] = 0
-        at += 1
-    whole = stop - (stop - at) % LANES
-    for block in range(at, whole, LANES):
-        stream_zeros16(out, block)
-    out[whole:stop] = 0
-    fence()
 
 
 def _streams(size: int, itemsize: int, entries: int) -> bool:
@@ -660,10 +665,9 @@ def _aggregate_group(
     for each in range(outs.shape[0]):
         n = outs[each, 1]
         out = carray(pointer_to(outs[each, 0], out_like), (n,))
-        if streamed:
-            _stream_zeros(out, 0, n)
         given = table[each, :, 2].sum()
-        if _aggregate(out, 0, 0, n, table[each], like, scale, streamed) != given:
+        taken = _aggregate(out, 0, 0, n, table[each], like, scale, False, streamed)
+        if taken != given:
             return each
     return -1
 
@@ -693,10 +697,9 @@ def _sum_wide(
     factor = out.dtype.type(scale)
 
     def one_part(first: int, stop: int) -> int:
-        if streamed:
-            _stream_zeros(out, first, stop)
-        done = cleared or streamed
-        return int(_aggregate(out, 0, first, stop, table, _INDICES, factor, done))
+        return int(
+            _aggregate(out, 0, first, stop, table, _INDICES, factor, cleared, streamed)
+        )
 
     return sum(run_parts(one_part, parts(out.size, _CHUNK)))
 
@@ -709,7 +712,7 @@ def _sum_narrow(out: Array, table: Array, scale: float) -> int:
     for low in range(0, out.size, piece):
         high = min(low + piece, out.size)
         taken += _aggregate(
-            sums, low, low, high, table, _INDICES, np.float32(scale), False
+            sums, low, low, high, table, _INDICES, np.float32(scale), False, False
         )
         with np.errstate(over="ignore"):  # beyond float16 is inf, as in any cast
             out[low:high] = sums[: high - low]
