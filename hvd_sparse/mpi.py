@@ -223,6 +223,10 @@ class SparseAllreduce:
         gradients = {n: _array(n, g) for n, g in gradients.items()}
         given = out or {}
         _check_outs(gradients, given)
+        for name, gradient in gradients.items():  # none is selected if one is refused
+            if out is None:
+                _check_on_host(name, gradient)
+            self._path.admit(name, gradient)
         shared = _names_in(sharing(gradients)) if given else frozenset()
         for name in sorted(gradients):
             gradient = gradients[name]
@@ -231,7 +235,9 @@ class SparseAllreduce:
             flight = self._path.send(name, gradient, in_place=in_place)
             self._flights.append(flight)
         # made last: an array that can not be sent needs no room for its result
-        self._outs = out or {n: _empty(n, g) for n, g in gradients.items()}
+        self._outs = out or {
+            n: np.empty(g.shape, g.dtype) for n, g in gradients.items()
+        }
 
     def _send_blobs(self, blobs: Mapping[str, Blob]) -> None:
         self._blobs = {n: blobs[n] for n in sorted(blobs)}
@@ -437,7 +443,7 @@ def _array(name: Any, gradient: Any) -> Any:
     if isinstance(gradient, np.generic):
         return np.asarray(gradient)
     kind = type(gradient).__name__
-    if not hasattr(gradient, "dtype"):
+    if not (isinstance(gradient, np.ndarray) or hasattr(gradient, "data_ptr")):
         raise TypeError(f"{name}: gradient must be an array, got {kind}")
     _refuse_odd_kinds(name, "gradient", gradient)
     return gradient
@@ -491,13 +497,12 @@ def _names_in(pairs: list[tuple[str, str]]) -> frozenset[str]:
     return frozenset(name for pair in pairs for name in pair)
 
 
-def _empty(name: str, gradient: Array) -> Array:
+def _check_on_host(name: str, gradient: Array) -> None:
     if not isinstance(gradient, np.ndarray):
         kind = type(gradient).__name__
         raise TypeError(
             f"{name}: gradient must be a numpy array without out, got {kind}"
         )
-    return np.empty(gradient.shape, gradient.dtype)
 
 
 def _contiguous(out: Array) -> Array:

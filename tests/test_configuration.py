@@ -53,6 +53,7 @@ KINDS: list[tuple[Any, Any, Any]] = [
     (Holding(a=1), Holding(a=1), Holding(a=2)),
     (Holding(a=1, b=2), Holding(b=2, a=1), Holding(a=1)),
     (Slotted(1), Slotted(1), Slotted(2)),
+    (Scaled(0.5), Scaled(np.float64(0.5)), Scaled(np.float64(0.25))),
     (Scaled(0.1, 2), Scaled(0.1, 2), Scaled(0.1, 3)),
     (Scaled(0.1, Holding(a=1)), Scaled(0.1, Holding(a=1)), Scaled(0.1, Holding(a=2))),
     (Undeclared(1), Undeclared(1), Undeclared(2)),

@@ -584,6 +584,40 @@ def test_a_state_of_the_middle_of_a_step_has_what_is_on_its_way(
     same_bits(path.memory.residuals["w"].reshape(4, 5), saved["residual"])
 
 
+def test_a_state_after_a_gradient_that_was_not_finite_changes_nothing(
+    kernels: Kernels, with_residual: Any
+) -> None:
+    ranks = Ranks(1, with_residual(0.2))
+    good = Kind((4, 5), "normal", "contiguous", 3).make(np.dtype(np.float32), 0)
+    begun = [(name, ranks.paths[0]) for name in ("bad", "w")]
+    flights = [
+        path.send(name, kernels.array(good * (np.nan if name == "bad" else 1)))
+        for name, path in begun
+    ]
+    for flight in flights:
+        ranks.paths[0].receive(flight, kernels.array(good.copy()))
+    ranks.step([kernels.array(good)])
+    before = ranks.residuals()[0]
+    state = ranks.paths[0].state_dict()
+    same_bits(ranks.residuals()[0], before)
+    same_bits(state["tensors"]["w"]["residual"].reshape(-1), before)
+
+
+class Ignoring(TopK):
+    """Its select has an `out`, and leaves it as it is."""
+
+    def select(
+        self, residual: Any, gradient: Any, k: int, step: int, out: Any = None
+    ) -> Selection:
+        return super().select(residual, gradient, k, step)
+
+
+def test_a_result_takes_the_place_of_its_gradient_whoever_selects() -> None:
+    given = [np.array([4, 1 + rank], np.float32) for rank in range(2)]
+    for result in Ranks(2, Ignoring(0.5)).step_in_place(given):
+        np.testing.assert_array_equal(result, [4, 0])
+
+
 def test_a_state_survives_being_loaded_and_saved_again(kernels: Kernels) -> None:
     ranks = Ranks(1, TopK(density=0.1))
     for name in ("used", "frozen"):

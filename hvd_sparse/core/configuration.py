@@ -15,6 +15,8 @@ from hashlib import blake2b
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any, Generic, Protocol
 
+import numpy as np
+
 _PLAIN = (type(None), type(...), bool, int, float, complex, str, bytes)
 _MADE_IN_PYTHON = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 _PICKLING = ("__reduce__", "__reduce_ex__")
@@ -59,8 +61,13 @@ def _text(value: Any, levels: int) -> str:
         return repr(value)
     if isinstance(value, type | BuiltinFunctionType):
         return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, np.generic):  # a number, as it is without numpy
+        return _text(value.item(), inner)
     if type(value) in (list, tuple):
-        return f"{type(value).__name__}({', '.join(_text(v, inner) for v in value)})"
+        inside = ", ".join(_text(v, inner) for v in value)
+        if type(value) is list:
+            return f"[{inside}]"
+        return f"({inside},)" if len(value) == 1 else f"({inside})"
     if isinstance(value, set | frozenset):
         return f"{{{', '.join(sorted(_text(v, inner) for v in value))}}}"
     if isinstance(value, Mapping):

@@ -65,10 +65,6 @@ class Sparsifier(Protocol):
             gradient: (n,) floating, read only.
             k: how many elements to select.
             step: completed exchanges of this tensor, the same on every rank.
-
-        It may have a fifth parameter, `out: Array | None = None`: the gradient again,
-        writable, to be left as zeros. That saves the path a pass over its memory. And
-        it may have a method `select_group`, such as that of TopK, for many at once.
         """
         ...
 

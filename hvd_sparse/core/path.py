@@ -13,7 +13,7 @@ disagrees becomes a `PayloadError` before its data is used. For many small tenso
 once, `together` does the same with fewer words.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ class Tensor:
         sparsifier: the path's, seeded for this tensor where that matters.
         header: what travels with each payload; k is the most where `varies`.
         varies: the sparsifier chooses k from local data.
-        clears: the sparsifier can leave zeros where the gradient was.
+        clears: the sparsifier leaves zeros where the gradient was, if it is asked to.
         dense: this tensor takes the library's own allreduce.
         trusted: what is selected needs no check.
         plain: its payloads have a fixed size and all there is to know of its entries.
@@ -395,7 +395,7 @@ class GradientPath:
         if any(payload.nonfinite for payload in payloads):
             # nobody applies anything, so everybody keeps what they sent
             self.recall(flight)
-            self.overflowed = True
+            self.overflowed = self.is_scaled
             out[...] = float("nan")
         else:
             self._aggregate(flight, payloads, out)
@@ -406,17 +406,17 @@ class GradientPath:
         try:
             tensor.check(selection)
         except ValueError:
-            indices, values = selection.indices, selection.values
-            if indices.shape == values.shape:
-                with suppress(IndexError):
-                    check_places(_on_host(indices), tensor.header.n)
-                    self.memory.restore(tensor.name, indices, values)
+            self._undo(tensor, selection)
             raise
 
-    def _restore(self, flight: Flight, own: Selection) -> None:
-        indices = own.indices if flight.indices is None else flight.indices
-        self.memory.restore(flight.tensor.name, indices, own.values)
-        flight.tensor.in_flight = False
+    def _undo(self, tensor: Tensor, selection: Selection) -> None:
+        """Put back what was selected, as far as it can be told where that was."""
+        indices, values = _on_host(selection.indices), selection.values
+        if indices.shape == values.shape and indices.dtype.kind in "iu":
+            places, first = np.unique(indices, return_index=True)
+            with suppress(IndexError):
+                check_places(places, tensor.header.n)
+                self.memory.restore(tensor.name, places, values[first])
 
     def _decode(self, flight: Flight) -> list[Selection]:
         tensor = flight.tensor
@@ -534,7 +534,7 @@ class GradientPath:
             sparsifier,
             header,
             varies=varies,
-            clears="out" in signature(sparsifier.select).parameters,
+            clears=trusted and "out" in signature(sparsifier.select).parameters,
             dense=dense,
             trusted=trusted,
             plain=plain,
@@ -598,10 +598,10 @@ class GradientPath:
         return f"{self.configuration}, loss scale {self._scale_now}"
 
     @property
-    def _bare_configuration(self) -> str:
-        """As release 0.1.0 wrote it where the sparsifier is no dataclass."""
-        kind = type(self.sparsifier).__name__
-        return f"{kind}, op={self.op_name}, dense={self.dense!r}"
+    def _old_configurations(self) -> Iterator[str]:
+        """As release 0.1.0 wrote it: by repr, or by the name of the class alone."""
+        for chosen in (repr(self.sparsifier), type(self.sparsifier).__name__):
+            yield f"{chosen}, op={self.op_name}, dense={self.dense!r}"
 
     # ------------------------------------------------------------------------ state
 
@@ -653,7 +653,7 @@ class GradientPath:
             ("format", STATE_FORMAT),
             ("size", self.exchange.size),
             ("rank", self.exchange.rank),
-            ("configuration", self.configuration, self._bare_configuration),
+            ("configuration", self.configuration, *self._old_configurations),
         ):
             if state.get(key) not in here:
                 raise ValueError(

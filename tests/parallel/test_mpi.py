@@ -756,6 +756,47 @@ def test_a_sparsifier_that_ranks_can_not_agree_on_is_refused():
 
 
 @pytest.mark.ranks
+def test_a_step_that_is_refused_leaves_all_residuals_as_they_were():
+    given = {"a": np.array([4, 1], np.float32), "b": np.ones(3, np.float32)}
+    with SparseAllreduce(TopK(0.5), comm=COMM, dense=Never(), timeout_s=20) as reduce:
+        reduce.grouped_allreduce(given)
+        before = reduce.state_dict()["tensors"]["a"]["residual"]
+        for wrong in (np.ones(4, np.float32), [1, 2, 3], np.ones(3)):
+            with pytest.raises((TypeError, ValueError), match="b: gradient"):
+                reduce.grouped_allreduce({**given, "b": wrong})
+        after = reduce.state_dict()["tensors"]["a"]["residual"]
+        np.testing.assert_array_equal(after, before)
+
+
+class Twice(Careless):
+    """The same element twice."""
+
+    def select(self, residual, gradient, k, step):
+        residual += gradient
+        values = residual[[0, 0, 1, 2]]
+        residual[[0, 1, 2]] = 0
+        return Selection(np.array([0, 0, 1, 2], self.dtype), values, 0)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.float32], ids=str)
+def test_what_was_selected_twice_is_put_back_once(dtype):
+    gradient = np.arange(1, 9, dtype=np.float32)
+    with SparseAllreduce(
+        Twice(4, np.int32), comm=COMM, dense=Never(), timeout_s=20
+    ) as reduce:
+        with pytest.raises(ValueError, match="w: "):
+            reduce.allreduce("w", gradient)
+        residual = reduce.state_dict()["tensors"]["w"]["residual"]
+        np.testing.assert_array_equal(residual, gradient)
+    with (
+        SparseAllreduce(Twice(4, dtype), comm=COMM, dense=Never()) as reduce,
+        pytest.raises(ValueError, match="w: "),
+    ):
+        reduce.allreduce("w", gradient)
+
+
+@pytest.mark.ranks
 @pytest.mark.parametrize("place", [0, 48], ids=["magic", "first index"])
 def test_a_damaged_payload_returns_what_all_tensors_of_its_group_sent(
     place, monkeypatch
