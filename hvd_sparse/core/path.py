@@ -149,7 +149,10 @@ class Tensor:
             raise ValueError(
                 f"{self.name}: values must be {wanted}, got {values.dtype}"
             )
-        check_indices(_on_host(indices), self.header.n)
+        try:
+            check_indices(_on_host(indices), self.header.n)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
         if values.shape[0] != count:
             raise ValueError(
                 f"{self.name}: {count} indices were selected, but {values.shape[0]} "
