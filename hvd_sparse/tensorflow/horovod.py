@@ -97,21 +97,27 @@ class Sources:
     """The variables whose gradients leave together, in one graph, which keeps this.
 
     Attributes:
-        of: the compressor, the optimizer's scope, and the variables, as the graph was
-            traced with them.
+        of: references to the compressor, the optimizer's scope, and the variables, as
+            the graph was traced with them. Horovod's graphs live for ever; models need
+            not.
         numbers: (n,) int64, of the graph: which they are when it runs.
         dense: places of those that go dense.
     """
 
     def __init__(self, *of: Any) -> None:
         """Nothing goes dense yet."""
-        self.of = of
+        self.of = tuple(map(_reference, of))
         self.numbers: Tensor = None
         self.dense: list[int] = []
 
     def are(self, *of: Any) -> bool:
         """Whether it is of these very objects."""
-        return len(of) == len(self.of) and all(map(operator.is_, self.of, of))
+        held = [reference() for reference in self.of]
+        return len(of) == len(held) and all(map(operator.is_, held, of))
+
+
+def _reference(held: Any) -> Any:
+    return (lambda: held) if isinstance(held, str) else weakref.ref(held)
 
 
 class Context(NamedTuple):

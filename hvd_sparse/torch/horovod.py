@@ -97,10 +97,12 @@ class Idle:
     Attributes:
         name: of the parameter.
         gradient: stays as it is.
+        frozen: the parameter, if that is why; None before a closure.
     """
 
     name: str
     gradient: Tensor
+    frozen: Tensor | None
 
 
 def forgotten(name: str) -> ExchangeError:
@@ -208,6 +210,7 @@ class SparseCompressor:
         self._waiting: dict[str, Context] = {}  # for the last one of their batch
         self._places = Places()
         self._planned = False
+        self._arriving = False  # results of this step
         self._before_closure = False
         self._optimizer: weakref.ref[Any] | None = None
         self._adviser = Adviser(advise, sparsifier)
@@ -259,7 +262,8 @@ class SparseCompressor:
             if not self._under_way:
                 self._begin(caller)
             if caller is not None and self._is_idle(caller, parameter):
-                return self._carrier.nothing(), Idle(name, tensor)
+                frozen = None if parameter.requires_grad else parameter
+                return self._carrier.nothing(), Idle(name, tensor, frozen)
             return self._send(name, tensor, parameter)
 
     def _begin(self, caller: Caller | None) -> None:
@@ -316,9 +320,10 @@ class SparseCompressor:
             return self._receive_nothing(tensor, ctx)
         with self._lock:
             if ctx.result is None:  # some were received with the first of their batch
-                if not ctx.place.settled:  # the first result of this step
+                if not self._arriving:  # the first result of this step
                     refuse_before_exchange(depth=1)
-                    Places.settle()
+                    self._places.settle()
+                    self._arriving = True
                 if ctx.dense:
                     self._receive_dense(tensor, ctx)
                 else:
@@ -344,6 +349,7 @@ class SparseCompressor:
         self, name: str, gradient: Tensor, parameter: Tensor
     ) -> tuple[Tensor, Context]:
         """As little as can be: what the backward pass has in cache stays there."""
+        self._arriving = False
         known = self._path.tensors.get(name)
         if known is None or known.dense or known.shape != gradient.shape:
             known = self._path.admit(name, viewed(gradient))
@@ -529,6 +535,8 @@ class SparseCompressor:
         wire_bytes = reduced.numel() * reduced.element_size()
         self.traffic.overhead_sent_bytes += wire_bytes
         self.traffic.overhead_received_bytes += wire_bytes
+        if ctx.frozen is not None:  # Horovod's zeros would move it, by momentum
+            ctx.frozen.grad = None
         return ctx.gradient
 
     def _receive_dense(self, reduced: Tensor, ctx: Context) -> None:

@@ -108,7 +108,7 @@ class Caller(NamedTuple):
         frame = None if frame is None else frame.f_back
         if frame is None or frame.f_code.co_name != "step":
             return False
-        return frame.f_locals.get("closure") is not None
+        return callable(frame.f_locals.get("closure"))
 
     def _called_by(self, method: str) -> FrameType | None:
         frame = self.frame.f_back

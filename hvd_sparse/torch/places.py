@@ -19,6 +19,8 @@ from hvd_sparse.core.sharing import repeats, span
 Tensor = torch.Tensor
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SMALL = 4096  # elements
+_SUMS = 64  # each of every 64th element: a sign that changes here and there shows
 _lock = threading.Lock()  # never held while something is awaited
 
 
@@ -56,7 +58,7 @@ class Place:
         # the version of a part counts what is written into the other parts too
         whole = gradient.untyped_storage().nbytes()
         part = gradient.numel() * gradient.element_size() < whole
-        self._sum = _sum_of_bits(self.memory) if part else None
+        self._sum = _fingerprint(self.memory) if part else None
 
     @property
     def changed(self) -> bool:
@@ -70,7 +72,7 @@ class Place:
             return False
         if self._sum is None:
             return True
-        return not torch.equal(_sum_of_bits(self.memory), self._sum)
+        return not torch.equal(_fingerprint(self.memory), self._sum)
 
     def settle(self) -> None:
         """From here on it is results that are written."""
@@ -82,11 +84,6 @@ class Place:
         gradient = self.gradient
         there = result is self.memory and gradient.data_ptr() == result.data_ptr()
         return gradient if there else result
-
-    @property
-    def settled(self) -> bool:
-        """Whether results may have been written since it was given."""
-        return self._changed is not None
 
 
 class _Region:
@@ -166,14 +163,15 @@ class Places:
             self._starts.clear()
             self._regions.clear()
 
-    @staticmethod
-    def settle() -> None:
-        """Results come now, of any compressor: whose gradient has changed until now?"""
+    def settle(self) -> None:
+        """Results come now: whose gradient, where they are written, has changed?"""
         with _lock:
-            for places in Places._all:
-                for region in places._regions:
-                    for place in region.members:
-                        place.settle()
+            for region in self._regions:
+                for place in (
+                    *region.members,
+                    *self._others(region.first, region.stop),
+                ):
+                    place.settle()
 
     def may_give_way(self, place: Place) -> bool:
         """Whether the result may be written where the gradient is.
@@ -217,9 +215,16 @@ def _check_unreduced(places: list[Place]) -> None:
             )
 
 
-def _sum_of_bits(tensor: Tensor) -> Tensor:
-    """Depends on neither the order nor the threads of the summation."""
-    return tensor.view(_INTEGERS[tensor.element_size()]).sum()
+def _fingerprint(tensor: Tensor) -> Tensor:
+    """Of small tensors all bits; of others sums, whatever threads add them up."""
+    bits = tensor.view(_INTEGERS[tensor.element_size()])
+    if bits.numel() <= _SMALL:
+        return bits.clone()
+    if not bits.is_contiguous():
+        return bits.sum(0)
+    whole = bits.numel() // _SUMS * _SUMS
+    flat = bits.view(-1)
+    return torch.cat([flat[:whole].view(-1, _SUMS).sum(0), flat[whole:].long()])
 
 
 def _is_needed(place: Place) -> bool:

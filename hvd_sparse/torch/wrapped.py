@@ -106,7 +106,7 @@ def exchanging(
     and again before that of the class that it wraps.
     """
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
-    if closure is None or isinstance(closure, Exchanged):
+    if not callable(closure) or isinstance(closure, Exchanged):
         return None
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(

@@ -725,6 +725,90 @@ def test_a_frozen_parameter_stands_still_and_goes_on_when_it_is_thawed(dense, ca
         assert torch.equal(residual() - q, given)
 
 
+@pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
+def test_a_frozen_parameter_is_not_moved_by_momentum(carrier):
+    """Without a gradient an optimizer leaves it alone, with one of zeros it does not."""
+    model = perceptron()
+    optimizer = wrap(model, compressor(model, exchange=carrier))
+    train(model, optimizer, range(2))
+    model[0].requires_grad_(False)
+    stood = [p.detach().clone() for p in model[0].parameters()]
+    train(model, optimizer, range(2, 5))
+    assert all(map(torch.equal, model[0].parameters(), stood))
+    model[0].requires_grad_(True)
+    train(model, optimizer, range(5, 7))
+    assert not torch.equal(model[0].weight, stood[0])
+    assert len(set(gather(bits(model)))) == 1
+
+
+def two_optimizers():
+    """Each of a model of its own."""
+    models, optimizers = [perceptron(), perceptron()], []
+    for i, model in enumerate(models):
+        named = [(f"{i}.{name}", p) for name, p in model.named_parameters()]
+        compression = SparseCompressor(
+            TopK(0.1), named_parameters=named, dense=Never(), prefix=f"model{i}"
+        )
+        optimizers.append(
+            hvd.DistributedOptimizer(
+                sgd(model), named_parameters=named, compression=compression
+            )
+        )
+    return models, optimizers
+
+
+def test_a_write_into_a_gradient_is_seen_after_another_optimizers_step():
+    models, optimizers = two_optimizers()
+    (loss_of(models[0], 0) + loss_of(models[1], 0)).backward()
+    optimizers[0].step()
+    nn.utils.clip_grad_norm_(models[1].parameters(), 1e-3)
+    with pytest.raises(ValueError, match="its gradient was changed after it was sent"):
+        optimizers[1].step()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda g: g.neg_(), lambda g: g.copy_(g.flip(0)), lambda g: g.mul_(0.5)],
+    ids=["sign", "order", "size"],
+)
+@pytest.mark.parametrize("n", [2, 9000])
+def test_a_write_into_a_part_of_a_buffer_is_seen(write, n):
+    buffer, weight = torch.zeros(2 * n), nn.Parameter(torch.zeros(n))
+    compression = SparseCompressor(
+        TopK(0.1), named_parameters=[("w", weight)], dense=Never()
+    )
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD([weight], lr=1.0),
+        named_parameters=[("w", weight)],
+        compression=compression,
+    )
+    weight.grad = buffer[:n]
+    (weight * torch.tensor([1.0, -2.0]).repeat(n // 2)).sum().backward()
+    write(weight.grad)
+    with pytest.raises(ValueError, match="w: its gradient was changed after it was se"):
+        optimizer.step()
+
+
+def test_an_argument_of_step_that_is_no_closure_is_passed_on():
+    class Scaled(torch.optim.SGD):
+        def step(self, lr_scale=1.0):
+            self.seen = lr_scale
+            return super().step()
+
+    model = perceptron()
+    optimizer = hvd.DistributedOptimizer(
+        Scaled(model.parameters(), lr=0.1),
+        named_parameters=model.named_parameters(),
+        compression=compressor(model),
+    )
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step(0.5)
+        assert optimizer.seen == 0.5
+    assert len(set(gather(bits(model)))) == 1
+
+
 def test_a_parameter_that_is_frozen_on_some_ranks_is_an_error_with_its_name():
     p, q, optimizer, _ = pair(
         lambda named: SparseCompressor(
