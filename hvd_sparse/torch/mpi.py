@@ -25,7 +25,11 @@ from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.mpi import Blob, SparseAllreduce
 from hvd_sparse.torch.advice import advise
 from hvd_sparse.torch.parameters import NamedParameters, Parameters
-from hvd_sparse.torch.scaling import refuse_before_exchange, refuse_unknown_scale
+from hvd_sparse.torch.scaling import (
+    refuse_before_exchange,
+    refuse_unknown_scale,
+    refuse_unscaled,
+)
 from hvd_sparse.torch.sharing import give_own_memory
 from hvd_sparse.torch.states import as_tensors, on_host, viewed
 
@@ -105,7 +109,7 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
     distributed.__class__ = _distributed_class(type(optimizer))
     # a scheduler made earlier hides the class's step behind an attribute of the object
     vars(distributed).pop("step", None)
-    gradients = _Gradients(distributed, parameters, reduce, Op(op))
+    gradients = _Gradients(distributed, parameters, reduce, Op(op), scaler)
     object.__setattr__(distributed, "_sparse", gradients)  # past one of its own
     return distributed
 
@@ -119,9 +123,11 @@ class _Gradients:
         parameters: Parameters,
         reduce: SparseAllreduce,
         op: Op,
+        scaler: Any,
     ) -> None:
         self.optimizer = optimizer
         self.op = op
+        self.scaler = scaler
         self.parameters = parameters
         self.reduce = reduce
         self.synchronized = False  # by the user, and no backward pass or step since
@@ -141,6 +147,7 @@ class _Gradients:
         same ones, is agreed on with it.
         """
         with self._reported():
+            refuse_unscaled(self.scaler, self.optimizer)
             self._adviser.step(self.optimizer, self.reduce.rank, stacklevel=4)
             held = self.parameters.held()
             self.watch_backward(held)
@@ -162,6 +169,15 @@ class _Gradients:
             self._exchange_gradients(late, {}, continues=True)
             self.reduce.traffic.steps -= 1  # of one step
         return loss
+
+    def mean_loss(self, loss: Any) -> Any:
+        """That of gradients that were exchanged before."""
+        with self._reported():
+            number = np.array([_number(loss)], np.float64)
+        blobs = {_LOSS: Blob(number.view(np.uint8))}
+        gathered = self._exchange_gradients({}, blobs, continues=True)
+        self.reduce.traffic.steps -= 1  # of one step
+        return _mean_loss(loss, gathered[_LOSS])
 
     def _exchange_gradients(
         self,
@@ -274,24 +290,28 @@ class _Distributed:
         if callable(closure):
 
             def exchanged() -> Any:
+                state.synchronized = False
                 with torch.enable_grad():
                     loss = closure()
+                if state.synchronized:  # by the closure, to clip them say
+                    return state.mean_loss(loss)
                 return state.exchange(loss)
 
             state.synchronized = False
             given[place] = exchanged
             arguments = tuple(given[i] for i in range(len(arguments)))
             options = {name: given[name] for name in options}
-            return own_step(self, *arguments, **options)
+            result = own_step(self, *arguments, **options)
+            state.synchronized = False
+            return result
         if state.skip and not state.synchronized:
             raise RuntimeError(
                 "step() inside skip_synchronize() needs synchronize() after the last "
                 "backward pass"
             )
-        if state.skip:
-            if not state.reduce.is_scaled:
-                refuse_unknown_scale(depth=1)
-        else:
+        if state.synchronized and not state.reduce.is_scaled:
+            refuse_unknown_scale(depth=1)
+        if not state.skip:
             if state.synchronized:
                 warnings.warn(
                     "step() after synchronize() uses the gradients as they are; say so "

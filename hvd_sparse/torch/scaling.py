@@ -8,6 +8,7 @@ or what waits in the residuals was multiplied with another number than what is a
 
 import sys
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -42,6 +43,21 @@ def refuse_before_exchange(depth: int) -> None:
             "optimizer), then scaler.step(optimizer) inside `with "
             "optimizer.skip_synchronize():`"
         )
+
+
+def refuse_unscaled(scaler: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse to exchange gradients that a GradScaler has unscaled before.
+
+    Raises:
+        RuntimeError: it has, and has looked for overflows of this rank alone.
+    """
+    if isinstance(scaler, GradScaler) and scaler.is_enabled():
+        state = scaler._per_optimizer_states.get(id(optimizer), {})
+        if state.get("stage") is not None and state["stage"].name != "READY":
+            raise RuntimeError(
+                "scaler.unscale_(optimizer) came before optimizer.synchronize(), so "
+                "that a rank could skip a step alone: call it after"
+            )
 
 
 def refuse_unknown_scale(depth: int) -> None:

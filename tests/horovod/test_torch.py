@@ -727,7 +727,7 @@ def test_a_frozen_parameter_stands_still_and_goes_on_when_it_is_thawed(dense, ca
 
 @pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
 def test_a_frozen_parameter_is_not_moved_by_momentum(carrier):
-    """Without a gradient an optimizer leaves it alone, with one of zeros it does not."""
+    """An optimizer leaves it alone without a gradient, but not with one of zeros."""
     model = perceptron()
     optimizer = wrap(model, compressor(model, exchange=carrier))
     train(model, optimizer, range(2))

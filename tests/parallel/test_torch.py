@@ -813,6 +813,27 @@ def test_momentum_is_warned_of_once_by_the_first_rank(
     optimizer.close()
 
 
+@pytest.mark.ranks
+def test_a_closure_may_synchronize_by_itself():
+    """To clip, say: its gradients are exchanged once, its loss is still the mean."""
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = sparse.DistributedOptimizer(
+        torch.optim.SGD([weight], lr=1.0), TopK(1.0), comm=COMM, op=Sum, dense=Never()
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (weight * torch.tensor([1.0, 2.0])).sum() + RANK
+        loss.backward()
+        optimizer.synchronize()
+        return loss
+
+    assert float(optimizer.step(closure)) == (SIZE - 1) / 2
+    assert weight.tolist() == [-SIZE, -2 * SIZE]
+    assert optimizer.traffic.steps == 1
+    optimizer.close()
+
+
 @pytest.mark.xfail(
     strict=True, raises=AttributeError, reason="a step can not be thrown away yet"
 )

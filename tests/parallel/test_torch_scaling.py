@@ -92,6 +92,27 @@ def test_scaled_gradients_without_a_scaler_are_refused():
 
 
 @pytest.mark.ranks
+@pytest.mark.filterwarnings("ignore:step.. after synchronize")
+def test_scaled_gradients_without_a_scaler_are_refused_after_synchronize_too():
+    parameter, optimizer = one_parameter()
+    scaler = scaled.make_scaler()
+    scaler.scale(parameter.sum()).backward()
+    optimizer.synchronize()
+    with pytest.raises(RuntimeError, match="that residuals must follow: give scaler="):
+        scaler.step(optimizer)
+
+
+@pytest.mark.ranks
+def test_gradients_that_were_unscaled_before_the_exchange_are_refused():
+    scaler = scaled.make_scaler()
+    parameter, optimizer = one_parameter(scaler=scaler)
+    scaler.scale(parameter.sum()).backward()
+    scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match="came before optimizer"):
+        optimizer.synchronize()
+
+
+@pytest.mark.ranks
 @pytest.mark.parametrize("options", [{"enabled": False}, {"init_scale": 1.0}], ids=str)
 def test_a_scaler_that_scales_nothing_needs_no_word(options):
     parameter, optimizer = one_parameter()
