@@ -218,6 +218,14 @@ def gaps(model: Model, found: list[dict], best: list[dict]) -> list[float]:
     return [model.gap(one, other) for one, other in pairs]
 
 
+def within(limit: float, found: list[float]) -> bool:
+    """On average, and for the seed in the middle.
+
+    A dense seed that does not train at all makes any average gap look good.
+    """
+    return statistics.mean(found) <= limit and statistics.median(found) <= limit
+
+
 def best_dense(results: Results, family: list[Model], seeds) -> list[dict]:
     """The rows of the optimizer that is best when dense, on average over seeds."""
     rows = [[results.get(m, "dense", seed) for seed in seeds] for m in family]
@@ -247,7 +255,7 @@ def measure(comm, results: Results, quick: bool, say) -> bool:
             rows = [results.get(model, column, seed) for seed in seeds]
             own, over = gaps(model, rows, dense), gaps(model, rows, best)
             limit = None if quick else model.limits.get(column)
-            failed = limit is not None and not statistics.mean(own) <= limit
+            failed = limit is not None and not within(limit, own)
             fails |= failed
             say(
                 f"{model.name:<22} {column:<9} {statistics.mean(values(rows)):8.4f} "

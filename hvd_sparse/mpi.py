@@ -250,7 +250,7 @@ class SparseAllreduce:
 
         With `scaler=`, what this step sent is put back, as if one of ours were that.
         """
-        self._path.overflowed = True
+        self._path.overflowed = self.is_scaled
 
     def report(self, error: BaseException) -> None:
         """Tell the peers that this rank raised and takes no part in this step.

@@ -94,8 +94,7 @@ def assert_a_skipped_step_loses_nothing(world: World) -> None:
     """Also of the parameter that was fine; what was not finite alone is gone."""
     model, steps, bad = Linear(world), 7, (2, 5)
     state, scales = train(world, model, steps, scaled=True, bad=bad)
-    for step in bad[:1]:
-        assert scales[step + 1] < scales[step]
+    assert scales[bad[0] + 1] < scales[bad[0]]
     name, parameter = model.named[1]
     residual = state["tensors"][name]["residual"] / state["loss_scale"]
     # all that was ever applied, and all that waits, is all that ever was

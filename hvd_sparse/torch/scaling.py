@@ -15,6 +15,7 @@ import torch
 GradScaler = torch.amp.GradScaler
 
 _FRAMES = 8  # between GradScaler.step and the optimizer's: hooks, profiling
+_STEPS = (GradScaler.step.__code__, GradScaler._maybe_opt_step.__code__)
 
 
 def calling_scaler(depth: int) -> GradScaler | None:
@@ -23,9 +24,10 @@ def calling_scaler(depth: int) -> GradScaler | None:
     for _ in range(_FRAMES):
         if frame is None:
             break
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, GradScaler):
-            return owner if owner.is_enabled() else None
+        # of no other frame: locals that are looked at live on until it returns
+        if frame.f_code in _STEPS:
+            scaler: GradScaler = frame.f_locals["self"]
+            return scaler if scaler.is_enabled() else None
         frame = frame.f_back
     return None
 
