@@ -77,3 +77,8 @@ def __getattr__(name: str) -> Any:
     if name in _DOORS:
         return import_module(f"hvd_sparse.{name}")
     raise AttributeError(f"module 'hvd_sparse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What is public; doors also before they are imported."""
+    return sorted([*__all__, *_DOORS, "__version__"])

@@ -15,10 +15,10 @@ Abort: MPI_Finalize would wait for the missing peer.
 """
 
 import atexit
+import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from itertools import accumulate, zip_longest
@@ -42,6 +42,8 @@ from hvd_sparse.core.contracts import ExchangeError
 
 Array = npt.NDArray[Any]
 Request = Any
+
+log = logging.getLogger("hvd_sparse")
 
 WARNING_S = 60.0
 _SPIN_S = 0.5  # poll without sleeping this long: peers are usually close behind
@@ -222,10 +224,12 @@ class MpiExchange:
             self._abandon(waited)
         if waited > WARNING_S and not self._warned:
             self._warned = True
-            warnings.warn(
-                f"{self._what}: step {self.step}: rank {self.rank} has waited "
-                f"{waited:.0f} s for its peers",
-                stacklevel=5,
+            log.warning(
+                "%s: step %d: rank %d has waited %.0f s for its peers",
+                self._what,
+                self.step,
+                self.rank,
+                waited,
             )
         _pause(waited)
 

@@ -29,8 +29,15 @@ def warm_up() -> None:
     # ml_dtypes comes with torch and TensorFlow; NumPy alone has no bfloat16
     found = [d for d in DTYPES if d != "bfloat16" or find_spec("ml_dtypes")]
     workers = min(len(found), len(os.sched_getaffinity(0)))
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_say_nothing
+    ) as pool:
         list(pool.map(compile_for, found))
+
+
+def _say_nothing() -> None:
+    """Kernels say that they are being compiled to who did not ask for it."""
+    logger.setLevel(logging.ERROR)
 
 
 def compile_for(dtype: str) -> None:

@@ -109,6 +109,15 @@ shutil.rmtree(folder)
 folder.touch()  # no folder any more, even for root
 """
 
+GONE_BEFORE = """
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+folder = Path(find_spec("hvd_sparse").origin).parent / "kernels" / "__pycache__"
+shutil.rmtree(folder)
+folder.touch()
+"""
+
 
 @pytest.mark.jobs
 def test_a_folder_that_can_not_be_written_any_more_costs_time_alone(
@@ -129,6 +138,30 @@ def test_what_was_warmed_up_beside_the_sources_serves_who_may_not_write_there(
     assert run(copied, NUMBA_CACHE_DIR=str(elsewhere)) == ["1.0", "0", "1"]
     assert compiled_in(copied) == files
     assert not [*elsewhere.rglob("*.nbc")]
+
+
+@pytest.mark.jobs
+def test_compiling_is_said_once_with_how_long_it_takes_and_where_it_is_kept(
+    copied: Path,
+) -> None:
+    kept = copied / "kernels" / "__pycache__"
+    two = f"{PROGRAM}\nhost.norm(residual)"  # another loop
+    (said,) = said_by(copied, two)
+    assert said.startswith(
+        "hvd_sparse compiles its hot loops for this processor, 10 to"
+    )
+    assert str(kept) in said
+    assert said_by(copied, two) == []
+    (said,) = said_by(copied, GONE_BEFORE + two)
+    assert "NUMBA_CACHE_DIR" in said
+
+
+def said_by(package: Path, program: str) -> list[str]:
+    """Lines on standard error, with no other cache to fall back to."""
+    file = package.parent / "said"
+    program = f"import os\nos.dup2(os.open({str(file)!r}, 577, 0o600), 2)\n{program}"
+    run(package, program, HOME="/dev/null", XDG_CACHE_HOME="/dev/null")
+    return file.read_text().splitlines()
 
 
 EVERYTHING = """

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import hvd_sparse
+
 PROJECT = Path(__file__).parents[1]
 LAUNCH = sorted(
     path
@@ -56,6 +58,29 @@ def test_importing_a_door_imports_neither_mpi_nor_horovod(framework: str) -> Non
 
 def test_importing_the_mpi_door_starts_no_mpi() -> None:
     assert not imported_by("import hvd_sparse.mpi") & (FRAMEWORKS | COLLECTIVES)
+
+
+@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+def test_a_missing_framework_is_an_error_that_names_the_extra(framework: str) -> None:
+    hidden = f"import sys; sys.modules[{framework!r}] = None; import hvd_sparse"
+    run = subprocess.run(
+        [sys.executable, "-c", f"{hidden}.{framework}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    last = run.stderr.splitlines()[-1]
+    assert last == (
+        f"ModuleNotFoundError: {framework} is not installed: "
+        f"pip install 'hvd-sparse[{framework}]' brings it"
+    )
+
+
+def test_a_package_shows_what_is_public_and_nothing_else() -> None:
+    shown = dir(hvd_sparse)
+    assert {*hvd_sparse.__all__, "mpi", "tensorflow", "torch"} <= set(shown)
+    assert all(hasattr(hvd_sparse, n) for n in hvd_sparse.__all__)
+    assert not {"Any", "import_module", "core", "kernels"} & set(shown)
 
 
 def test_the_installed_version_is_that_of_the_source() -> None:

@@ -6,5 +6,5 @@ network.py     what they take on this network
 local.py       what choosing and writing back takes on this machine
 model.py       the tensors of the model in question
 prediction.py  what a step's exchange will take, dense and sparse; the verdict
-report.py      tables
+report.py      all of it as text
 """

@@ -14,6 +14,7 @@ from hvd_sparse.doctor.local import measure_local
 from hvd_sparse.doctor.model import tensors_in, tensors_of
 from hvd_sparse.doctor.network import Network, measure_network
 from hvd_sparse.doctor.prediction import Prediction, predict, verdict
+from hvd_sparse.doctor.report import report
 from hvd_sparse.doctor.transport import DOORS, Transport, found_door, open_door
 
 DESCRIPTION = """What is installed and built; and, after mpirun or horovodrun, what the
@@ -169,16 +170,7 @@ def main() -> None:
             sys.stdout.write(text)
             return
         arguments.json.write_text(text)
-    try:
-        from rich.console import Console
-
-        from hvd_sparse.doctor.report import show
-    except ImportError:
-        sys.exit(
-            "hvd_sparse.doctor needs rich for its tables: "
-            "pip install 'hvd_sparse[doctor]'"
-        )
-    show(found, Console(color_system=None))  # ranks always believe in a terminal
+    sys.stdout.write(report(found))
 
 
 if __name__ == "__main__":

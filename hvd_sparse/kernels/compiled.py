@@ -8,6 +8,9 @@ name depends on all sources of this package: what is found under it is what is w
 """
 
 import contextlib
+import fcntl
+import logging
+import os
 import pickle
 from collections.abc import Callable
 from functools import cache
@@ -18,10 +21,12 @@ from uuid import uuid4
 
 import numba
 import numpy
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, NullCache
 from numba.core.serialize import dumps
 
 _INSTALLED = Path(__file__).parent / "__pycache__"
+
+log = logging.getLogger("hvd_sparse")
 
 
 @cache
@@ -94,15 +99,67 @@ class _KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
             _sources_digest(Path(__file__).parent),
         )
 
+    def load_overload(self, signature: Any, target_context: Any) -> Any:
+        """What was compiled before, or None: Numba compiles."""
+        found = super().load_overload(signature, target_context)
+        if found is None:
+            folder = Path(self._cache_path)
+            if _is_first_in(folder):
+                _say(f"they are kept in {folder}")
+        return found
+
     def save_overload(self, signature: Any, data: Any) -> None:
         """What can not be kept costs time in the next process, and no step in this."""
         with contextlib.suppress(OSError):
             super().save_overload(signature, data)
 
 
+class _NoCache(NullCache):  # type: ignore[misc]  # numba has no types
+    """Where no folder may be written."""
+
+    def load_overload(self, signature: Any, target_context: Any) -> None:
+        """Nothing was kept: Numba compiles."""
+        _say(
+            "in every process, for no folder may be written: name one that may, in "
+            "NUMBA_CACHE_DIR"
+        )
+
+
+@cache
+def _say(kept: str) -> None:
+    """Once a process: else nobody knows why a first step takes so long."""
+    log.warning(
+        "hvd_sparse compiles its hot loops for this processor, 10 to 20 s a dtype; %s "
+        "(python -m hvd_sparse.warm_up compiles all of them ahead)",
+        kept,
+    )
+
+
+@cache
+def _is_first_in(folder: Path) -> bool:
+    """Whether no other process compiles into this folder: one speaks for all.
+
+    The first holds a lock while it lives. Where that can not be had, all are first.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / "compiling.lock", os.O_CREAT | os.O_RDWR, 0o666)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        return False
+    except OSError:  # some network file systems have no locks
+        os.close(file)
+    return True
+
+
 def jit(function: Any) -> Any:
     """Compiled at first use and kept on disk, where this user may write anywhere."""
     dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
+    dispatcher._cache = _NoCache()
     with contextlib.suppress(RuntimeError):  # numba found no folder for its cache
         dispatcher._cache = _KernelCache(function)
     return dispatcher

@@ -27,16 +27,19 @@ from hvd_sparse import (
     WhenCheaper,
     checkpoint_path,
 )
-from hvd_sparse.tensorflow.advice import advise
-from hvd_sparse.tensorflow.callbacks import ResidualCheckpoint, TrafficLogger
-from hvd_sparse.tensorflow.horovod import SparseCompressor
-from hvd_sparse.tensorflow.measuring import measure
-from hvd_sparse.tensorflow.mpi import (
-    DistributedGradientTape,
-    DistributedOptimizer,
-    broadcast_variables,
-)
-from hvd_sparse.tensorflow.saving import load_model
+from hvd_sparse.extras import needs
+
+with needs("tensorflow", extra="tensorflow"):
+    from hvd_sparse.tensorflow.advice import advise
+    from hvd_sparse.tensorflow.callbacks import ResidualCheckpoint, TrafficLogger
+    from hvd_sparse.tensorflow.horovod import SparseCompressor
+    from hvd_sparse.tensorflow.measuring import measure
+    from hvd_sparse.tensorflow.mpi import (
+        DistributedGradientTape,
+        DistributedOptimizer,
+        broadcast_variables,
+    )
+    from hvd_sparse.tensorflow.saving import load_model
 
 __all__ = [
     "CAT",

@@ -30,14 +30,17 @@ from hvd_sparse import (
     WhenCheaper,
     checkpoint_path,
 )
-from hvd_sparse.torch.advice import advise
-from hvd_sparse.torch.broadcast import (
-    broadcast_optimizer_state,
-    broadcast_parameters,
-)
-from hvd_sparse.torch.horovod import SparseCompressor
-from hvd_sparse.torch.measuring import measure
-from hvd_sparse.torch.mpi import DistributedOptimizer
+from hvd_sparse.extras import needs
+
+with needs("torch", extra="torch"):
+    from hvd_sparse.torch.advice import advise
+    from hvd_sparse.torch.broadcast import (
+        broadcast_optimizer_state,
+        broadcast_parameters,
+    )
+    from hvd_sparse.torch.horovod import SparseCompressor
+    from hvd_sparse.torch.measuring import measure
+    from hvd_sparse.torch.mpi import DistributedOptimizer
 
 __all__ = [
     "CAT",
