@@ -9,6 +9,7 @@ viewed as numpy arrays, never copied, and the result is written back into `p.gra
 import functools
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +33,7 @@ from hvd_sparse.torch.scaling import (
 )
 from hvd_sparse.torch.sharing import give_own_memory
 from hvd_sparse.torch.states import as_tensors, on_host, viewed
+from hvd_sparse.torch.turns import Turns
 
 Array = npt.NDArray[Any]
 Tensor = torch.Tensor
@@ -60,6 +62,10 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
     keeps its state and its learning-rate schedulers, and its state_dict is what it was.
     New are `synchronize`, `skip_synchronize`, `residual_state_dict`,
     `load_residual_state_dict`, `traffic` and `close`.
+
+    Several may hold one parameter. Each exchanges what the backward pass left in
+    `p.grad`, and steps with its own result; `p.grad` is that of the last one. A result
+    that was changed by hand when it was another optimizer's turn is a ValueError.
 
     Args:
         optimizer: any torch optimizer.
@@ -125,16 +131,17 @@ class _Gradients:
         op: Op,
         scaler: Any,
     ) -> None:
-        self.optimizer = optimizer
+        self._optimizer = weakref.ref(optimizer)
         self.op = op
         self.scaler = scaler
         self.parameters = parameters
         self.reduce = reduce
-        self.synchronized = False  # by the user, and no backward pass or step since
+        self.turns = Turns(parameters)
         self.skip = False
         self._adviser = Adviser(advise, reduce.sparsifier)
         self.kinds: dict[str, str] = {}  # dense or rows, the same on every rank
         self._hooks: dict[str, Any] = {}
+        weakref.finalize(self, _remove, self._hooks).atexit = False
         self.watch_backward(parameters.held())
 
     def exchange(self, loss: Any = None) -> Any:
@@ -147,11 +154,20 @@ class _Gradients:
         same ones, is agreed on with it.
         """
         with self._reported():
-            refuse_unscaled(self.scaler, self.optimizer)
-            self._adviser.step(self.optimizer, self.reduce.rank, stacklevel=4)
+            optimizer: Any = self._optimizer()
+            refuse_unscaled(self.scaler, optimizer)
+            self._adviser.step(optimizer, self.reduce.rank, stacklevel=4)
             held = self.parameters.held()
             self.watch_backward(held)
-            give_own_memory(list(held.values()))
+            self.turns.begin(held)
+        try:
+            return self._exchange(held, loss)
+        finally:
+            self.turns.end()
+
+    def _exchange(self, held: dict[str, Tensor], loss: Any) -> Any:
+        with self._reported():
+            give_own_memory(list(held.values()), self.turns.beside())
             expected = {
                 n: p for n, p in held.items() if n in self.kinds and p.requires_grad
             }
@@ -233,18 +249,15 @@ class _Gradients:
         for name, parameter in held.items():
             if parameter.requires_grad and name not in self._hooks:
                 hooked: Any = parameter  # its method has no annotations
-                hook = hooked.register_post_accumulate_grad_hook(self._fresh)
+                hook = hooked.register_post_accumulate_grad_hook(
+                    _forgetting(self.turns)
+                )
                 self._hooks[name] = hook
-
-    def _fresh(self, parameter: Tensor) -> None:
-        del parameter
-        self.synchronized = False
 
     def close(self) -> None:
         """Leave the parameters as they were."""
-        for hook in self._hooks.values():
-            hook.remove()
-        self._hooks.clear()
+        _remove(self._hooks)
+        self.turns.close()
         self.reduce.close()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -282,7 +295,7 @@ class _Distributed:
         With a closure the exchange follows every call of it, and the loss it returns is
         averaged over ranks, so that line searches take the same turns everywhere.
         """
-        state = self._sparse
+        state, turns = self._sparse, self._sparse.turns
         self._opt_called = True  # what a scheduler's own wrapper would note
         given: dict[Any, Any] = {**dict(enumerate(arguments)), **options}
         place = "closure" if "closure" in options else closure_place
@@ -290,29 +303,27 @@ class _Distributed:
         if callable(closure):
 
             def exchanged() -> Any:
-                state.synchronized = False
+                turns.synchronized = False
                 with torch.enable_grad():
                     loss = closure()
-                if state.synchronized:  # by the closure, to clip them say
+                if turns.synchronized:  # by the closure, to clip them say
                     return state.mean_loss(loss)
                 return state.exchange(loss)
 
-            state.synchronized = False
+            turns.synchronized = False
             given[place] = exchanged
             arguments = tuple(given[i] for i in range(len(arguments)))
             options = {name: given[name] for name in options}
-            result = own_step(self, *arguments, **options)
-            state.synchronized = False
-            return result
-        if state.skip and not state.synchronized:
+            return self._own_step(own_step, arguments, options)
+        if state.skip and not turns.synchronized:
             raise RuntimeError(
                 "step() inside skip_synchronize() needs synchronize() after the last "
                 "backward pass"
             )
-        if state.synchronized and not state.reduce.is_scaled:
+        if turns.synchronized and not state.reduce.is_scaled:
             refuse_unknown_scale(depth=1)
         if not state.skip:
-            if state.synchronized:
+            if turns.synchronized:
                 warnings.warn(
                     "step() after synchronize() uses the gradients as they are; say so "
                     "with `with optimizer.skip_synchronize():`",
@@ -321,12 +332,26 @@ class _Distributed:
             else:
                 refuse_before_exchange(depth=1)
                 state.exchange()
-        state.synchronized = False
-        return own_step(self, *arguments, **options)
+        return self._own_step(own_step, arguments, options)
+
+    def _own_step(
+        self,
+        own_step: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        options: dict[str, Any],
+    ) -> Any:
+        turns = self._sparse.turns
+        if turns.synchronized:
+            turns.recall(self._sparse.parameters.held())
+        turns.synchronized = False
+        result = own_step(self, *arguments, **options)
+        turns.synchronized = False  # by a closure, say
+        turns.stepped()
+        return result
 
     def zero_grad(self, *arguments: Any, **options: Any) -> None:
         """The optimizer's own; gradients to come are not synchronized."""
-        self._sparse.synchronized = False
+        self._sparse.turns.synchronized = False
         super().zero_grad(*arguments, **options)  # type: ignore[misc]
 
     def add_param_group(self, *arguments: Any, **options: Any) -> None:
@@ -351,7 +376,7 @@ class _Distributed:
     def synchronize(self) -> None:
         """Exchange the gradients now, to clip them say; see skip_synchronize."""
         self._sparse.exchange()
-        self._sparse.synchronized = True
+        self._sparse.turns.synchronized = True
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -406,6 +431,23 @@ class _Distributed:
     def close(self) -> None:
         """Free the private communicator; collective."""
         self._sparse.close()
+
+
+def _forgetting(turns: Turns) -> Callable[[Tensor], None]:
+    """A hook that keeps neither them nor their optimizer alive."""
+    known = weakref.ref(turns)
+
+    def forget(parameter: Tensor) -> None:
+        if (found := known()) is not None:
+            found.forget(parameter)
+
+    return forget
+
+
+def _remove(hooks: dict[str, Any]) -> None:
+    for hook in hooks.values():
+        hook.remove()
+    hooks.clear()
 
 
 def _blank(kind: Any) -> Any:

@@ -1,6 +1,7 @@
 """The parameters of an optimizer by name, also those that it is given later."""
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class Parameters:
             TypeError: named_parameters are no pairs of a name and a tensor.
             ValueError: names are not unique, or missing.
         """
-        self._optimizer = optimizer
+        self._optimizer = weakref.ref(optimizer)  # whose hooks must not keep it alive
         self._given = None if named_parameters is None else _checked(named_parameters)
         self._names: dict[Tensor, str] = {}
         self.held()
@@ -38,7 +39,7 @@ class Parameters:
             ValueError: one was added that has no name.
         """
         held = {}
-        for g, group in enumerate(self._optimizer.param_groups):
+        for g, group in enumerate(self._groups()):
             for i, parameter in enumerate(group["params"]):
                 name = self._names.get(parameter)
                 if name is None:
@@ -47,6 +48,14 @@ class Parameters:
                     self._names[parameter] = name
                 held[name] = parameter
         return held
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """All that the optimizer holds now, named or not; none when it is gone."""
+        return (p for group in self._groups() for p in group["params"])
+
+    def _groups(self) -> list[dict[str, Any]]:
+        optimizer = self._optimizer()
+        return [] if optimizer is None else optimizer.param_groups
 
     def _name(self, parameter: Tensor, place: str, by_torch: str | None) -> str:
         taken = {*self._names.values(), *(self._given or {}).values()}

@@ -58,7 +58,7 @@ class Place:
         # the version of a part counts what is written into the other parts too
         whole = gradient.untyped_storage().nbytes()
         part = gradient.numel() * gradient.element_size() < whole
-        self._sum = _fingerprint(self.memory) if part else None
+        self._sum = fingerprint(self.memory) if part else None
 
     @property
     def changed(self) -> bool:
@@ -72,7 +72,7 @@ class Place:
             return False
         if self._sum is None:
             return True
-        return not torch.equal(_fingerprint(self.memory), self._sum)
+        return not torch.equal(fingerprint(self.memory), self._sum)
 
     def settle(self) -> None:
         """From here on it is results that are written."""
@@ -215,7 +215,7 @@ def _check_unreduced(places: list[Place]) -> None:
             )
 
 
-def _fingerprint(tensor: Tensor) -> Tensor:
+def fingerprint(tensor: Tensor) -> Tensor:
     """Of small tensors all bits; of others sums, whatever threads add them up."""
     bits = tensor.view(_INTEGERS[tensor.element_size()])
     if bits.numel() <= _SMALL:

@@ -15,23 +15,25 @@ from hvd_sparse.core.sharing import repeats, share, span
 Tensor = torch.Tensor
 
 
-def give_own_memory(parameters: Sequence[Tensor]) -> None:
+def give_own_memory(
+    parameters: Sequence[Tensor], beside: Sequence[Tensor] = ()
+) -> None:
     """Replace every gradient that can not hold its own result by a copy of it.
 
     Args:
         parameters: each has a grad, or None.
+        beside: other parameters, whose gradients are somebody else's and stay.
     """
-    held = [p for p in parameters if p.layout is torch.strided]
-    with_gradient = [
-        p for p in parameters if (g := p.grad) is not None and g.layout is torch.strided
-    ]
+    held = [p for p in (*parameters, *beside) if p.layout is torch.strided]
+    held += [_gradient(p) for p in _with_gradient(beside)]
+    with_gradient = _with_gradient(parameters)
     for parameter in with_gradient:
         if repeats(_gradient(parameter)):
             _copy_gradient(parameter)
     tensors = held + [_gradient(p) for p in with_gradient]
     for group in _neighbors(tensors):
         kept: list[Tensor] = []
-        for place in group:  # parameters first: they stay where they are
+        for place in group:  # what stays where it is comes first
             tensor = tensors[place]
             if place >= len(held) and any(share(tensor, other) for other in kept):
                 _copy_gradient(with_gradient[place - len(held)])
@@ -61,6 +63,12 @@ def shared_with(tensors: Iterable[Tensor]) -> dict[int, int]:
                     shared[place] = other
                     break
     return shared
+
+
+def _with_gradient(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [
+        p for p in parameters if (g := p.grad) is not None and g.layout is torch.strided
+    ]
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
 """Gradients, parameters and buffers may share memory: results are those of each."""
 
+import weakref
+
 import pytest
 import torch
 from mpi4py import MPI
 from torch import nn
 
 import hvd_sparse.torch as sparse
-from hvd_sparse import Never, TopK, WhenCheaper
+from hvd_sparse import Average, Never, Sum, TopK, WhenCheaper
 
 COMM = MPI.COMM_WORLD
 RANK, SIZE = COMM.Get_rank(), COMM.Get_size()
@@ -172,3 +174,318 @@ def test_two_optimizers_keep_two_residuals_of_one_parameter():
     assert len(set(COMM.allgather(w.detach().numpy().tobytes()))) == 1
     for optimizer in optimizers:
         optimizer.close()
+
+
+# --------------------------------------------- several optimizers over one parameter
+
+
+class Law:
+    """What two optimizers, over some parameters in common, are to do with exact sums.
+
+    Each exchanges what the backward pass left, keeps a residual per parameter of its
+    own, and steps with its own result.
+    """
+
+    def __init__(self, held, k, op):
+        self.held, self.k, self.op = held, k, op
+        self.weights = {
+            name: torch.zeros(N) for names in held.values() for name in names
+        }
+        self.residuals = {(o, n): torch.zeros(N) for o in held for n in held[o]}
+        self.there, self.local, self.results, self.owner = {}, {}, {}, {}
+        self.taken = set()
+
+    def backward(self, gradients):
+        for name, gradient in gradients.items():
+            self.there[name] = self.there.get(name, torch.zeros(N)) + gradient
+            self.local[name] = self.there[name]
+            self.taken -= {(o, name) for o in self.held}
+
+    def zero(self):
+        self.there = {}
+
+    def halve(self, o):
+        for name in self.held[o]:
+            owner = self.owner[name]
+            self.results[owner, name] = self.there[name] = self.there[name] / 2
+
+    def synchronize(self, o):
+        for name in self.held[o]:
+            first = (o, name) not in self.taken
+            whole = (
+                self.residuals[o, name] + (self.local if first else self.there)[name]
+            )
+            sent = torch.zeros(N)
+            order = whole.abs().sort(descending=True, stable=True)
+            chosen = order.indices[: self.k]
+            sent[chosen] = whole[chosen]
+            self.residuals[o, name] = whole - sent
+            total = sum(map(torch.from_numpy, COMM.allgather(sent.numpy())))
+            result = total / SIZE if self.op is Average else total
+            self.results[o, name] = self.there[name] = result
+            self.owner[name] = o
+            self.taken.add((o, name))
+
+    def apply(self, o):
+        for name in self.held[o]:
+            self.weights[name] = self.weights[name] - RATES[o] * self.results[o, name]
+            self.there[name], self.owner[name] = self.results[o, name], o
+
+    def step(self, o):
+        self.synchronize(o)
+        self.apply(o)
+
+
+class Real:
+    """The same with optimizers."""
+
+    def __init__(self, held, density, op, dense, grads):
+        names = sorted({name for names in held.values() for name in names})
+        self.weights = {n: nn.Parameter(torch.zeros(SHAPE)) for n in names}
+        self.flat = torch.zeros(len(names) * N) if grads == "flat" else None
+        self.grads = grads
+        self.optimizers = {
+            o: sparse.DistributedOptimizer(
+                torch.optim.SGD([self.weights[n] for n in held[o]], lr=RATES[o]),
+                TopK(density),
+                named_parameters=[(n, self.weights[n]) for n in held[o]],
+                comm=COMM,
+                op=op,
+                dense=dense,
+                timeout_s=30,
+            )
+            for o in held
+        }
+        if self.flat is not None:
+            for i, w in enumerate(self.weights.values()):
+                w.grad = self.flat[i * N : (i + 1) * N].view(SHAPE)
+
+    def backward(self, gradients):
+        used = [(self.weights[n], g.view(SHAPE)) for n, g in gradients.items()]
+        sum((w * g).sum() for w, g in used).backward()
+
+    def zero(self):
+        if self.flat is not None:
+            self.flat.zero_()
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=self.grads == "none")
+
+    def halve(self, o):
+        for group in self.optimizers[o].param_groups:
+            for w in group["params"]:
+                w.grad.mul_(0.5)
+
+    def synchronize(self, o):
+        self.optimizers[o].synchronize()
+
+    def apply(self, o):
+        with self.optimizers[o].skip_synchronize():
+            self.optimizers[o].step()
+
+    def step(self, o):
+        self.optimizers[o].step()
+
+
+RATES = {"a": 1.0, "b": 64.0}
+# of a step each: what is done to which optimizer after the backward pass
+ORDERS = {
+    "steps": ["step a", "step b"],
+    "last first": ["step b", "step a"],
+    "both, then steps": ["synchronize a", "synchronize b", "apply a", "apply b"],
+    "both, last first": ["synchronize a", "synchronize b", "apply b", "apply a"],
+    "clipped": ["synchronize a", "halve a", "apply a", "step b"],
+    "clipped before": [
+        "synchronize a",
+        "halve a",
+        "synchronize b",
+        "apply a",
+        "apply b",
+    ],
+    "one thrown away": ["synchronize a", "step b"],
+    "one twice": ["step a", "step a", "step b"],
+    "one, then the other": ["step a", "zero", "backward", "step b"],
+    "in turns": ["step a", "zero", "backward", "step b", "zero", "backward", "step a"],
+    "accumulated": ["step a", "backward", "step b", "step a"],
+}
+HELD = {
+    "the same": {"a": ["w"], "b": ["w"]},
+    "some": {"a": ["u", "w"], "b": ["v", "w"]},
+    "one of all": {"a": ["w"], "b": ["u", "v", "w"]},
+}
+
+
+def whole_numbers(step, names):
+    """So small that sums are exact."""
+    generator = torch.Generator().manual_seed(1000 * step + RANK)
+    return {
+        name: torch.randint(-4096, 4096, (N,), generator=generator).float()
+        for name in names
+    }
+
+
+def assert_alike(real, law):
+    for name, weight in real.weights.items():
+        torch.testing.assert_close(
+            weight.detach().view(-1), law.weights[name], rtol=1e-5, atol=1e-5
+        )
+    for name, gradient in law.there.items():
+        torch.testing.assert_close(
+            real.weights[name].grad.view(-1), gradient, rtol=1e-5, atol=1e-5
+        )
+    for (o, name), residual in law.residuals.items():
+        kept = real.optimizers[o].residual_state_dict()["tensors"][name]["residual"]
+        if kept is not None:
+            torch.testing.assert_close(kept.view(-1), residual, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("density", "op", "dense", "grads"),
+    [
+        (0.25, Average, Never(), "none"),
+        (0.25, Sum, Never(), "flat"),
+        (1.0, Sum, Never(), "zeros"),
+        (1.0, Sum, WhenCheaper(), "none"),
+    ],
+    ids=["none", "flat", "zeros", "dense"],
+)
+@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize("order", ORDERS)
+def test_optimizers_over_one_parameter_exchange_the_local_gradient_each(
+    order, held, density, op, dense, grads
+):
+    real = Real(HELD[held], density, op, dense, grads)
+    law = Law(HELD[held], N if density == 1 else 3, op)
+    count = 0
+    for _ in range(3):
+        for what in ["zero", "backward", *ORDERS[order]]:
+            call, *of = what.split()
+            if call == "backward":
+                count += 1
+                of = [whole_numbers(count, real.weights)]
+            getattr(law, call)(*of)
+            getattr(real, call)(*of)
+        assert_alike(real, law)
+    for optimizer in real.optimizers.values():
+        optimizer.close()
+
+
+def assign(gradient, values):
+    gradient.copy_(values)
+
+
+def assign_data(gradient, values):
+    gradient.data.copy_(values)
+
+
+def assign_in_numpy(gradient, values):
+    gradient.numpy()[...] = values.numpy()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("write", [assign, assign_data, assign_in_numpy])
+def test_gradients_by_hand_are_new_ones_whatever_tensor_they_are_written_into(write):
+    (w,) = weights(1)
+    a, b = (distribute([w], op=Sum) for _ in range(2))
+    w.grad = torch.zeros(SHAPE)
+    for step in range(1, 4):
+        write(w.grad, torch.full(SHAPE, float(step)))
+        a.step()
+        b.step()
+        assert w.grad.unique().tolist() == [SIZE * step]
+    for optimizer in (a, b):
+        optimizer.close()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("write", [assign, assign_data, assign_in_numpy])
+def test_a_gradient_that_may_be_of_either_optimizer_is_refused(write):
+    (w,) = weights(1)
+    a, b = (distribute([w], op=Sum) for _ in range(2))
+    w.sum().backward()
+    a.step()
+    moved = w.detach().clone()
+    write(w.grad, torch.full(SHAPE, 5.0))
+    for call in (b.step, b.synchronize):
+        with pytest.raises(ValueError, match="p0: several optimizers hold it, and its"):
+            call()
+    assert torch.equal(w, moved)
+    w.grad = torch.full(SHAPE, 5.0)
+    b.step()
+    assert torch.equal(w.detach(), moved - 5 * SIZE)
+
+    a.synchronize()
+    b.synchronize()
+    write(w.grad, torch.full(SHAPE, 2.0))
+    with a.skip_synchronize(), pytest.raises(ValueError, match="p0: several optim"):
+        a.step()
+    assert torch.equal(w.detach(), moved - 5 * SIZE)
+    for optimizer in (a, b):
+        optimizer.close()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("share", [one_tensor, overlapping_views, columns_that_overlap])
+@pytest.mark.parametrize("order", ["steps", "both, then steps"])
+def test_two_optimizers_gradients_share_memory(order, share):
+    parameters = weights(3)
+    optimizers = [
+        distribute(parameters[:2], op=Sum),
+        distribute(parameters[2:], op=Sum),
+    ]
+    for _ in range(2):
+        share(parameters)
+        expected = [p.detach() - SIZE * mean(p.grad) for p in parameters]
+        if order == "steps":
+            for optimizer in optimizers:
+                optimizer.step()
+        else:
+            for optimizer in optimizers:
+                optimizer.synchronize()
+            for optimizer in optimizers:
+                with optimizer.skip_synchronize():
+                    optimizer.step()
+        for parameter, value in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(parameter.detach(), value)
+    for optimizer in optimizers:
+        optimizer.close()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("used", ["by all ranks", "by the last rank"])
+def test_two_optimizers_exchange_rows_and_gradients_that_not_all_ranks_have(used):
+    table = nn.Embedding(4, 3, sparse=True)
+    (w,) = weights(1)
+    nn.init.zeros_(table.weight)
+    optimizers = [distribute([table.weight, w], op=Sum) for _ in range(2)]
+    users = SIZE if used == "by all ranks" else 1
+    for step in range(1, 4):
+        if SIZE - users <= RANK:
+            (table(torch.tensor([1, 1, 3])).sum() + w.sum()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        assert torch.equal(w, torch.full(SHAPE, -2.0 * users * step))
+        rows = torch.tensor([0.0, 2.0, 0.0, 1.0])[:, None].expand(4, 3)
+        assert torch.equal(table.weight, -2 * users * step * rows)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+    for optimizer in optimizers:
+        optimizer.close()
+
+
+def test_gradients_are_copied_only_where_another_living_optimizer_has_them():
+    parameters = weights(3)
+    a, b = distribute(parameters[:1]), distribute(parameters[1:])
+    sum(p.sum() for p in parameters).backward()
+    before = [p.grad for p in parameters]
+    for optimizer in (a, b):
+        optimizer.step()
+        assert not optimizer._sparse.turns._turns
+    assert all(p.grad is g for p, g in zip(parameters, before, strict=True))
+    again, gone = distribute(parameters), weakref.ref(b)
+    a.close()
+    del b, optimizer
+    assert gone() is None  # nor does a parameter's hook keep it
+    again.step()
+    assert not again._sparse.turns._turns
+    again.close()
