@@ -40,6 +40,15 @@ def horovod() -> Any:
     return hvd
 
 
+def is_exchanged(optimizer: Any) -> bool:
+    """Whether Horovod gives gradients of its optimizer to a compressor."""
+    hvd = horovod()
+    group = getattr(optimizer, "process_set", None)  # the one for Adasum has none
+    if group is None or not hvd.is_initialized() or not group.included():
+        return False
+    return elastic.is_elastic() or int(hvd.size()) > 1
+
+
 def waits_for_peers() -> bool:
     """Whether a collective of this process is not complete. From any thread."""
     from horovod.torch import mpi_ops

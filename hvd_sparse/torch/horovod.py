@@ -17,6 +17,7 @@ last one of their batch is there, and are then sent together.
 
 Until `synchronize()` or `step()` a gradient stays what the backward pass made it, and
 may be read. Then the result takes its place: to write there in between is an error.
+A write through `p.grad.data` or `p.grad.numpy()` is not noticed.
 """
 
 import threading
@@ -24,10 +25,12 @@ import weakref
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hvd_sparse.advice import Adviser
 from hvd_sparse.carriers import Carrier, Embedded, Gathered
@@ -44,13 +47,20 @@ from hvd_sparse.torch.exchanges import (
     EmbeddedExchange,
     GatheredExchange,
     horovod,
+    is_exchanged,
     waits_for_peers,
 )
 from hvd_sparse.torch.names import Caller, ParameterNames, find_caller
 from hvd_sparse.torch.places import Place, Places
 from hvd_sparse.torch.scaling import refuse_before_exchange
 from hvd_sparse.torch.states import as_tensors, on_host, viewed
-from hvd_sparse.torch.wrapped import enlist, exchanging, is_frozen
+from hvd_sparse.torch.wrapped import (
+    enlist,
+    exchanging,
+    is_frozen,
+    newcomers,
+    with_gradients,
+)
 from hvd_sparse.watchdog import Watchdog
 
 Tensor = torch.Tensor
@@ -113,6 +123,15 @@ def forgotten(name: str) -> ExchangeError:
     )
 
 
+def unsent(name: str) -> ValueError:
+    """What to raise where a gradient of this rank alone would move a parameter."""
+    return ValueError(
+        f"{name}: joined the optimizer after hvd.DistributedOptimizer was made, and "
+        "its gradient is not sent in this step; in this first one call "
+        "optimizer.step() without optimizer.synchronize() before"
+    )
+
+
 def changed(name: str) -> ValueError:
     """What to raise where the result would overwrite what somebody wrote."""
     return ValueError(
@@ -136,6 +155,10 @@ class SparseCompressor:
 
     One compressor serves one optimizer. With a single process Horovod calls no
     compressor, and training is dense; in elastic training it calls one all the same.
+
+    To write into a gradient between the backward pass and `synchronize()` is a
+    ValueError. A write through `p.grad.data` or `p.grad.numpy()`, which PyTorch does
+    not count, is not noticed: the result takes its place.
     """
 
     def __init__(
@@ -226,6 +249,7 @@ class SparseCompressor:
         weakref.finalize(self, self._watchdog.stop)
         horovod()
         elastic.register(SparseCompressor)
+        _watch_steps()
 
     def __reduce__(self) -> Any:
         """Not to be copied or pickled: a copy would send the same residuals again."""
@@ -253,7 +277,9 @@ class SparseCompressor:
             caller = find_caller(depth=1)
             self._check_gradient(tensor, caller)
             if caller is not None:
-                self._check_optimizer(caller)
+                self._check_optimizer(
+                    caller.optimizer, before_closure=caller.steps_with_closure
+                )
             if self._elastic and not self._shutdown.recovers:
                 self._shutdown.recovers = elastic.covers(self)
             name, parameter = self._names.find(tensor, caller)
@@ -273,11 +299,7 @@ class SparseCompressor:
             return
         joined = enlist(caller.optimizer, self._names)
         if joined and caller.synchronizing:  # too late for this time
-            raise ValueError(
-                f"{joined[0]}: joined the optimizer after hvd.DistributedOptimizer was "
-                "made, and its gradient is not sent in this step; in this first one "
-                "call optimizer.step() without optimizer.synchronize() before"
-            )
+            raise unsent(joined[0])
         if not self._planned:
             self._plan(caller.optimizer)
 
@@ -574,9 +596,13 @@ class SparseCompressor:
             return horovod().global_process_set
         return self._process_set
 
-    def _check_optimizer(self, caller: Caller) -> None:
+    def meet(self, optimizer: Any) -> None:
+        """Its step follows: it may have parameters of which no gradient has come."""
+        with self._lock:
+            self._check_optimizer(optimizer, before_closure=False)
+
+    def _check_optimizer(self, optimizer: Any, *, before_closure: bool) -> None:
         """Once per optimizer: there must be one, with this process set."""
-        optimizer = caller.optimizer
         known = None if self._optimizer is None else self._optimizer()
         if known is optimizer:
             return
@@ -592,7 +618,7 @@ class SparseCompressor:
                 f"{theirs}, got {self._process_set}"
             )
         self._optimizer = weakref.ref(optimizer)
-        self._before_closure = caller.steps_with_closure
+        self._before_closure = before_closure
         optimizer.register_step_pre_hook(self._before_step)
         self._adviser.step(optimizer, self._carrier.rank, stacklevel=3)
 
@@ -600,7 +626,10 @@ class SparseCompressor:
         self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         with self._lock:
+            late = [] if optimizer._should_synchronize else with_gradients(optimizer)
             enlist(optimizer, self._names)
+            if late:
+                raise unsent(self._names.of(optimizer)[late[0]])
         return exchanging(optimizer, args, kwargs)
 
     @property
@@ -673,3 +702,19 @@ class SparseCompressor:
         self._watchdog.forget()
         self._shutdown.wait()
         self._watchdog.gave_up = ""
+
+
+@cache
+def _watch_steps() -> None:
+    """Horovod calls no compressor where all was frozen when it took the optimizer."""
+    register_optimizer_step_pre_hook(_before_any_step)
+
+
+def _before_any_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    """Of whatever optimizer; what `meet` registers is called after this."""
+    del args, kwargs
+    compression = getattr(optimizer, "_compression", None)
+    if not isinstance(compression, SparseCompressor):
+        return
+    if is_exchanged(optimizer) and newcomers(optimizer):
+        compression.meet(optimizer)

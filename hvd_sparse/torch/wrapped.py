@@ -32,6 +32,11 @@ def newcomers(optimizer: Any) -> list[Tensor]:
     ]
 
 
+def with_gradients(optimizer: Any) -> list[Tensor]:
+    """Those of them that the optimizer would move."""
+    return [p for p in newcomers(optimizer) if p.grad is not None and p.grad.any()]
+
+
 def enlist(optimizer: Any, names: ParameterNames) -> list[str]:
     """Let Horovod exchange all parameters that the optimizer has.
 

@@ -824,6 +824,69 @@ def test_a_parameter_that_is_frozen_on_some_ranks_is_an_error_with_its_name():
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
+@pytest.mark.parametrize("call", ["step", "closure", "accumulated"])
+def test_all_parameters_are_frozen_when_the_optimizer_is_made(call, carrier):
+    """Horovod hooks none of them, and leaves them to their rank when it is thawed."""
+    model = perceptron().requires_grad_(False)
+    compression = compressor(model, TopK(1.0), exchange=carrier)
+    optimizer = wrap(
+        model, compression, backward_passes_per_step=1 + (call == "accumulated")
+    )
+    still = weights(model)
+    for _ in range(2):  # a schedule, say
+        optimizer.step()
+    assert torch.equal(weights(model), still)
+    model.requires_grad_(True)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model, step)
+        loss.backward()
+        return loss
+
+    twin = perceptron()
+    alike = sgd(twin)
+    for step in range(4):
+        if call == "closure":
+            optimizer.step(closure)
+        else:
+            closure()
+            if call == "accumulated":
+                loss_of(model, step).backward()
+            optimizer.step()
+        alike.zero_grad()
+        passes = 1 + (call == "accumulated")
+        (passes * loss_of(twin, step)).backward()
+        for i, p in enumerate(twin.parameters()):
+            p.grad = hvd.allreduce(p.grad, name=f"{step}.{i}")
+        alike.step()
+    torch.testing.assert_close(weights(model), weights(twin), rtol=1e-5, atol=1e-6)
+    assert replicas_agree(model)
+    assert set(compression.traffic.tensors) == set(dict(model.named_parameters()))
+
+
+def test_what_was_thawed_does_not_move_by_its_ranks_own_gradient():
+    model = perceptron().requires_grad_(False)
+    optimizer = wrap(model, compressor(model, TopK(1.0)))
+    model.requires_grad_(True)
+    still = weights(model)
+    loss_of(model, 0).backward()
+    optimizer.synchronize()
+    with (
+        optimizer.skip_synchronize(),
+        pytest.raises(
+            ValueError, match=r"0\.weight: joined the optimizer after hvd\.Dis"
+        ),
+    ):
+        optimizer.step()
+    assert torch.equal(weights(model), still)
+    train(model, optimizer, range(1, 3))
+    assert not torch.equal(weights(model), still)
+    assert replicas_agree(model)
+
+
+@pytest.mark.ranks
 @pytest.mark.parametrize("groups", [None, 2])
 @pytest.mark.parametrize("dense", [Never(), WhenCheaper()], ids=repr)
 @pytest.mark.parametrize("joins", ["added", "thawed"])
