@@ -404,3 +404,30 @@ def test_momentum_is_warned_of_once_by_the_first_rank(
 def test_momentum_is_warned_of_once_in_a_fit_whose_graph_is_traced_again(kind, advised):
     fit(compressor(TopK(0.01)), kind)
     assert len(advised()) == (hvd.rank() == 0)
+
+
+@pytest.mark.xfail(
+    strict=True, raises=AttributeError, reason="a step can not be thrown away yet"
+)
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_a_bad_batch_that_is_thrown_away_leaves_no_trace(graph):
+    """Its norm is seen after the exchange, and all ranks leave the step out."""
+    variable = tf.Variable(tf.zeros(64))
+    compression = compressor()
+    slopes = tf.range(1.0, 65.0) * (1 + hvd.rank())
+
+    def exchange(scale):
+        with hvd.DistributedGradientTape(
+            tf.GradientTape(), compression=compression
+        ) as tape:
+            loss = tf.reduce_sum(variable * slopes) * scale
+        return tape.gradient(loss, [variable])
+
+    if graph:
+        exchange = tf.function(exchange)
+    exchange(tf.constant(1.0))
+    (before,) = compression.state_dict()["tensors"].values()
+    exchange(tf.constant(1000.0))
+    compression.discard()
+    (after,) = compression.state_dict()["tensors"].values()
+    np.testing.assert_array_equal(after["residual"], before["residual"])

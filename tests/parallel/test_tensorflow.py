@@ -634,3 +634,29 @@ def test_momentum_is_warned_of_once_in_a_fit_whose_graph_is_traced_again(advised
         model.fit(x[:n], y[:n], batch_size=size, verbose=0)
     assert len(advised()) == (RANK == 0)
     optimizer.close()
+
+
+@pytest.mark.ranks
+@pytest.mark.xfail(
+    strict=True, raises=AttributeError, reason="a step can not be thrown away yet"
+)
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_a_bad_batch_that_is_thrown_away_leaves_no_trace(graph):
+    """Its norm is seen after the exchange, and all ranks leave the step out."""
+    variable = tf.Variable(tf.zeros(64))
+    tape = tape_of()
+    slopes = tf.range(1.0, 65.0) * (1 + RANK)
+
+    def exchange(scale):
+        with tape:
+            loss = tf.reduce_sum(variable * slopes) * scale
+        return tape.gradient(loss, [variable])
+
+    if graph:
+        exchange = tf.function(exchange)
+    exchange(tf.constant(1.0))
+    (before,) = tape.state_dict()["tensors"].values()
+    exchange(tf.constant(1000.0))
+    tape.discard()
+    (after,) = tape.state_dict()["tensors"].values()
+    np.testing.assert_array_equal(after["residual"], before["residual"])
