@@ -43,6 +43,7 @@ from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.kernels import host
 from hvd_sparse.torch import elastic
 from hvd_sparse.torch.advice import advise
+from hvd_sparse.torch.contended import Contended
 from hvd_sparse.torch.exchanges import (
     EmbeddedExchange,
     GatheredExchange,
@@ -232,6 +233,7 @@ class SparseCompressor:
         self._under_way: dict[str, Context] = {}
         self._waiting: dict[str, Context] = {}  # for the last one of their batch
         self._places = Places()
+        self._contended = Contended()
         self._planned = False
         self._arriving = False  # results of this step
         self._before_closure = False
@@ -295,6 +297,7 @@ class SparseCompressor:
     def _begin(self, caller: Caller | None) -> None:
         """The first gradient of a step."""
         self._path.begin()
+        self._contended.clear()
         if caller is None:
             return
         joined = enlist(caller.optimizer, self._names)
@@ -351,6 +354,7 @@ class SparseCompressor:
                 else:
                     self._receive(tensor, ctx)
             assert ctx.result is not None
+            self._contended.keep(ctx.name, ctx.place, ctx.result)
             return ctx.place.seen(ctx.result)
 
     # ---------------------------------------------------------------------- there
@@ -620,6 +624,7 @@ class SparseCompressor:
         self._optimizer = weakref.ref(optimizer)
         self._before_closure = before_closure
         optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
         self._adviser.step(optimizer, self._carrier.rank, stacklevel=3)
 
     def _before_step(
@@ -630,7 +635,13 @@ class SparseCompressor:
             enlist(optimizer, self._names)
             if late:
                 raise unsent(self._names.of(optimizer)[late[0]])
+            if optimizer._synchronized and not optimizer._should_synchronize:
+                self._contended.recall()
         return exchanging(optimizer, args, kwargs)
+
+    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        del optimizer, args, kwargs
+        self._contended.stepped()
 
     @property
     def traffic(self) -> Traffic:

@@ -33,12 +33,14 @@ class Place:
         parameter: whose `grad` it is; None if it is nobody's.
         region: set of the places whose memory may overlap.
         reduced: what to call it, where Horovod reduces it in its place.
+        contended: another compressor has the gradient of this parameter too.
     """
 
     __slots__ = (
         "_changed",
         "_sum",
         "_version",
+        "contended",
         "gradient",
         "memory",
         "parameter",
@@ -53,6 +55,7 @@ class Place:
         self.parameter = parameter
         self.region: _Region | None = None
         self.reduced = ""
+        self.contended = False
         self._changed: bool | None = None
         self._version = gradient._version
         # the version of a part counts what is written into the other parts too
@@ -122,10 +125,14 @@ class Places:
             first, stop = span(gradient)
             met = self._between(first, stop)
             members = [p for region in self._regions[met] for p in region.members]
-            _check_unreduced([*members, *self._others(first, stop)])
+            others = self._others(first, stop)
+            _check_unreduced([*members, *others])
             if parameter is not None and any(p.gradient is gradient for p in members):
                 parameter.grad = gradient = gradient.detach()
             place = Place(gradient, parameter)
+            for other in others:
+                if parameter is not None and other.parameter is parameter:
+                    place.contended = other.contended = True
             if first < stop:
                 self._join(met, _Region(first, stop, [place, *members]))
             return place

@@ -506,7 +506,7 @@ def test_a_parameter_that_is_its_own_gradient_is_not_overwritten():
     assert torch.equal(p, q)
 
 
-def over_one_parameter(kind, sizes, dense):
+def over_one_parameter(kinds, sizes, dense):
     """Two optimizers over p; each has a parameter that no loss uses beside it."""
     p = nn.Parameter(torch.zeros(sizes))
     optimizers, compressions = [], []
@@ -514,7 +514,7 @@ def over_one_parameter(kind, sizes, dense):
         named = {"p": p, f"{prefix}.unused": nn.Parameter(torch.zeros(3))}
         compressions.append(
             SparseCompressor(
-                kind, named_parameters=named.items(), prefix=prefix, dense=dense
+                kinds[i], named_parameters=named.items(), prefix=prefix, dense=dense
             )
         )
         optimizers.append(
@@ -531,7 +531,7 @@ def over_one_parameter(kind, sizes, dense):
 @pytest.mark.parametrize("dense", [Never(), WhenCheaper()], ids=repr)
 @pytest.mark.parametrize("order", ["steps", "steps, last first", "both, then steps"])
 def test_two_optimizers_over_one_parameter_have_a_residual_each(order, dense):
-    p, optimizers, compressions = over_one_parameter(TopK(1.0), 8, dense)
+    p, optimizers, compressions = over_one_parameter([TopK(1.0)] * 2, 8, dense)
     mean = (hvd.size() + 1) / 2 * torch.arange(8.0)
     for step in range(1, 4):
         p.grad = None
@@ -556,7 +556,7 @@ def test_two_optimizers_over_one_parameter_have_a_residual_each(order, dense):
 
 @pytest.mark.ranks
 def test_what_is_done_to_one_optimizers_result_is_no_matter_to_the_others():
-    p, (first, second), _ = over_one_parameter(TopK(1.0), 8, Never())
+    p, (first, second), _ = over_one_parameter([TopK(1.0)] * 2, 8, Never())
     (p * torch.arange(8.0)).sum().backward()
     first.synchronize()
     nn.utils.clip_grad_norm_([p], 1e-3)
@@ -564,6 +564,67 @@ def test_what_is_done_to_one_optimizers_result_is_no_matter_to_the_others():
         first.step()
     second.synchronize()
     assert torch.equal(p.grad, torch.arange(8.0))
+
+
+ORDERS = {
+    "steps": ["step 0", "step 1"],
+    "both, then steps": ["synchronize 0", "synchronize 1", "apply 0", "apply 1"],
+    "both, last first": ["synchronize 0", "synchronize 1", "apply 1", "apply 0"],
+    "clipped": ["synchronize 0", "halve", "synchronize 1", "apply 0", "apply 1"],
+}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("grad", ["none", "part of a buffer"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_two_optimizers_over_one_parameter_step_with_their_own_results(order, grad):
+    p, optimizers, _ = over_one_parameter([TopK(0.25), TopK(0.5)], 8, Never())
+    buffer = torch.zeros(16)
+    weight, residuals = torch.zeros(8), [torch.zeros(8), torch.zeros(8)]
+    clipped = 2.0 if order == "clipped" else 1.0
+    for step in range(4):
+        rng = np.random.default_rng([step, hvd.rank()])
+        gradient = torch.from_numpy(rng.permutation(8) * 64.0 + step).float()
+        p.grad = None if grad == "none" else buffer.zero_()[:8]
+        (p * gradient).sum().backward()
+        for what in ORDERS[order]:
+            call, *of = what.split()
+            if call == "halve":
+                p.grad.mul_(0.5)
+                continue
+            optimizer = optimizers[int(*of)]
+            if call == "apply":
+                with optimizer.skip_synchronize():
+                    optimizer.step()
+            else:
+                getattr(optimizer, call)()
+        for i, residual in enumerate(residuals):
+            residual += gradient
+            sent = torch.zeros(8)
+            chosen = (
+                residual.abs().sort(descending=True, stable=True).indices[: 2 + 2 * i]
+            )
+            sent[chosen] = residual[chosen]
+            residual -= sent
+            mean = hvd.allreduce(sent, op=hvd.Average, name=f"law.{i}")
+            weight -= 10**i * mean / (clipped if i == 0 else 1)
+        torch.testing.assert_close(p.detach(), weight)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("write", [lambda g: g.mul_(0.5), lambda g: g.data.mul_(0.5)])
+def test_a_result_that_was_changed_for_nobody_knows_whose_step_is_refused(write):
+    p, (first, second), _ = over_one_parameter([TopK(0.25), TopK(0.5)], 8, Never())
+    (p * torch.arange(8.0)).sum().backward()
+    first.synchronize()
+    second.synchronize()
+    write(p.grad)
+    with (
+        first.skip_synchronize(),
+        pytest.raises(ValueError, match="p: several optimizers hold it, and its grad"),
+    ):
+        first.step()
+    assert not p.any()
 
 
 # -------------------------------------------------- laws 1 and 6: nothing is lost
