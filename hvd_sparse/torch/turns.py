@@ -66,11 +66,12 @@ class Turns:
         for other in self._others():
             for parameter in other._parameters:
                 sharing.setdefault(parameter, []).append(other)
-        self._turns = {
-            parameter: self._turn(name, parameter, sharing[parameter])
+        turns = {
+            parameter: self._turn(name, parameter, sharing.get(parameter, []))
             for name, parameter in held.items()
-            if parameter in sharing
+            if parameter in sharing or parameter in self._turns
         }
+        self._turns = {p: turn for p, turn in turns.items() if turn is not None}
         for parameter, turn in self._turns.items():
             turn.give(self, parameter)
 
@@ -103,8 +104,10 @@ class Turns:
     def _others(self) -> list["Turns"]:
         return [turns for turns in Turns._all if turns is not self]
 
-    def _turn(self, name: str, parameter: Tensor, others: list["Turns"]) -> "_Turn":
-        """The one that goes on; where there is another gradient, a new one."""
+    def _turn(
+        self, name: str, parameter: Tensor, others: list["Turns"]
+    ) -> "_Turn | None":
+        """The one that goes on; else, where others hold the parameter, a new one."""
         for turns in (self, *others):
             turn = turns._turns.get(parameter)
             if turn is None:
@@ -112,7 +115,12 @@ class Turns:
             if turn.goes_on(self, name, parameter):
                 return turn
             turn.is_over = True
-        return _Turn(parameter, (self, *others))
+        if not others:
+            return None
+        turn = _Turn(parameter, (self, *others))
+        for other in others:  # which may ask for it when this one is gone
+            other._turns[parameter] = turn
+        return turn
 
 
 class _Turn:
@@ -138,7 +146,7 @@ class _Turn:
         Raises:
             ValueError: nobody knows which of them it is.
         """
-        if self.is_over or parameter.grad is not self._gradient:
+        if self._is_past(parameter):
             return False
         if not self.is_changed(parameter):
             return bool(self._due) or self._awaiting() is not None
@@ -149,11 +157,9 @@ class _Turn:
         raise _changed(name)
 
     def is_changed(self, parameter: Tensor) -> bool:
-        """Whether somebody wrote into the result, or set another."""
+        """Whether somebody wrote into the result."""
         gradient, mark = parameter.grad, self._mark
-        if gradient is not self._gradient or gradient is None or mark is None:
-            return gradient is not self._gradient
-        return mark.differs(gradient)
+        return gradient is not None and mark is not None and mark.differs(gradient)
 
     def give(self, turns: Turns, parameter: Tensor) -> None:
         """It becomes `p.grad`, where the optimizer has not exchanged it."""
@@ -175,12 +181,12 @@ class _Turn:
     def is_of(self, turns: Turns, parameter: Tensor) -> bool:
         """Whether `p.grad` is the result of this optimizer."""
         owner = None if self._owner is None else self._owner()
-        return owner is turns and parameter.grad is self._gradient
+        return owner is turns and not self._is_past(parameter)
 
     def has_aside(self, turns: Turns, parameter: Tensor) -> bool:
         """Whether another result is in the place of this optimizer's."""
         ours = turns in self._aside and not self.is_of(turns, parameter)
-        if not ours or self.is_over or parameter.grad is not self._gradient:
+        if not ours or self._is_past(parameter):
             return False
         return not self.is_changed(parameter) or bool(_values(parameter.grad).any())
 
@@ -190,6 +196,14 @@ class _Turn:
         if waits is not None:
             self._aside[waits] = _copied(parameter.grad)
         _write(parameter, own)
+
+    def _is_past(self, parameter: Tensor) -> bool:
+        """Whether `p.grad` is other memory; an alias of it is no new gradient."""
+        gradient, known = parameter.grad, self._gradient
+        if self.is_over or gradient is None or known is None or gradient is known:
+            return self.is_over or gradient is not known
+        strided = gradient.layout is known.layout is torch.strided
+        return not strided or gradient.data_ptr() != known.data_ptr()
 
     def _awaiting(self) -> Turns | None:
         """The optimizer whose result is in `p.grad`, and whose step is to come."""

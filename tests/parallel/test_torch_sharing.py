@@ -424,6 +424,34 @@ def test_a_gradient_that_may_be_of_either_optimizer_is_refused(write):
         optimizer.close()
 
 
+def close(optimizers, w):
+    optimizers.pop(0).close()
+
+
+def abandon(optimizers, w):
+    del optimizers[0]
+
+
+def set_an_alias(optimizers, w):
+    w.grad = w.grad.detach()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("then", [close, abandon, set_an_alias])
+def test_the_gradient_is_there_for_the_next_optimizer_whatever_becomes_of_the_last(
+    then,
+):
+    (w,) = weights(1)
+    optimizers = [distribute([w], op=Sum) for _ in range(2)]
+    w.sum().backward()
+    optimizers[0].step()
+    then(optimizers, w)
+    optimizers[-1].step()
+    assert w.unique().tolist() == [-2 * SIZE]
+    for optimizer in optimizers:
+        optimizer.close()
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("share", [one_tensor, overlapping_views, columns_that_overlap])
 @pytest.mark.parametrize("order", ["steps", "both, then steps"])
