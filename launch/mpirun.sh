@@ -2,7 +2,8 @@
 #
 # Runs a Python script on several ranks over MPI: on this machine, or on given hosts.
 # Serves plain MPI (hvd_sparse.mpi, hvd_sparse.torch.DistributedOptimizer) and Horovod,
-# which uses MPI as its transport when it is started so.
+# which uses MPI as its transport when it is started so. The MPI is the one that mpi4py
+# of the ranks' Python uses: Open MPI, MPICH or Intel MPI.
 #
 # usage: launch/mpirun.sh [OPTION ...] SCRIPT [ARGUMENT ...]
 #
@@ -68,30 +69,10 @@ done
 [[ -n $RANKS ]] || RANKS=$(slots_of "$HOSTS")
 [[ $RANKS =~ ^[1-9][0-9]*$ ]] || fail "--ranks must be a positive number, got $RANKS"
 
-mpi_command "$RANKS" # mpirun -np, binding, and what this machine needs; see there
-if [[ -n $HOSTS ]]; then
-    MPI_COMMAND+=(
-        --host "$HOSTS"   # slots are filled in this order
-        --map-by slot     # neighbours in rank are neighbours on a host
-        -x PATH           # these are set on the other hosts as they are here
-        -x OMP_NUM_THREADS
-    )
-    while read -r variable; do # and what users tell Horovod and hvd_sparse
-        MPI_COMMAND+=(-x "$variable")
-    done < <(compgen -e | grep -E '^(HOROVOD|HVD_SPARSE|NCCL)_' || true)
-fi
-if [[ -n $INTERFACE ]]; then
-    MPI_COMMAND+=(
-        --mca btl_tcp_if_include "$INTERFACE" # for data
-        --mca oob_tcp_if_include "$INTERFACE" # for mpirun's own messages
-    )
-else
-    MPI_COMMAND+=(--mca btl_tcp_if_exclude "lo,docker0") # these exist on every host
-fi
-MPI_COMMAND+=(
-    --mca pml ob1 --mca btl ^openib           # plain TCP and shared memory: Ethernet
-    --mca btl_vader_single_copy_mechanism none # the other way is forbidden in containers
-)
+mpi_command "$RANKS"
+[[ -z $HOSTS ]] || mpi_hosts "$HOSTS"
+mpi_network "$INTERFACE"
+printf 'mpirun.sh: %s (%s)\n' "$MPI_NAME" "${MPIRUN#"$PROJECT"/}" >&2
 
 if [[ -n $DRY_RUN ]]; then
     printf '%q ' "${MPI_COMMAND[@]}" "${SCRIPT[@]}" "$@"
