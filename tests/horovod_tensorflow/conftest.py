@@ -7,7 +7,7 @@ import pytest
 
 
 def _size() -> int:
-    variables = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE")
+    variables = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
     return next((int(os.environ[v]) for v in variables if v in os.environ), 0)
 
 
