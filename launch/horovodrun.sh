@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 #
 # Runs a Python script on several ranks under Horovod: on this machine, or on given
-# hosts, over Gloo (default) or MPI. launch/build-horovod installs Horovod.
+# hosts, over Gloo (default) or MPI. launch/build-horovod installs Horovod in .venv; any
+# other one is called by way of its Python: --python PATH.
 #
 # usage: launch/horovodrun.sh [OPTION ...] SCRIPT [ARGUMENT ...]
 #
@@ -10,8 +11,8 @@
 #                        (default: this machine). They need this folder at the same
 #                        path, and ssh from here without a password.
 #   --interface NAME     the network interface that ranks talk through, such as eth0
-#   --mpi                MPI in place of Gloo
-#   --python PATH        the Python of the ranks (default: .venv's)
+#   --mpi                MPI in place of Gloo, the one that mpi4py uses
+#   --python PATH        the Python of the ranks, which has Horovod (default: .venv's)
 #   --command            what follows is a command with its arguments, not a script
 #   --dry-run            print the command and do not run it
 #   -h, --help           this text
@@ -71,35 +72,59 @@ done
 (($#)) || fail "which script? (launch/horovodrun.sh --help)"
 [[ -n $RANKS ]] || RANKS=$(slots_of "$HOSTS")
 [[ $RANKS =~ ^[1-9][0-9]*$ ]] || fail "--ranks must be a positive number, got $RANKS"
-[[ -x $VENV/bin/horovodrun ]] || fail "Horovod is not in .venv: call launch/build-horovod"
+BIN=$(command -v "$PYTHON") || fail "there is no $PYTHON: launch/setup makes .venv"
+BIN=${BIN%/*}
+[[ -x $BIN/horovodrun ]] || fail "Horovod is not in ${BIN%/bin}: call launch/build-horovod"
 
 if [[ $TRANSPORT == --gloo && -z $DRY_RUN ]] && ! getent hosts "$(uname -n)" >/dev/null; then
     # Gloo looks its own host up, whatever the interface is, and crashes without an answer
     fail "this host's own name, $(uname -n), does not resolve: add it to /etc/hosts, or use --mpi"
 fi
 
-COMMAND=(
-    env
-    PATH="$VENV/bin:$PATH" # with --mpi horovodrun looks for mpirun there
-    OMP_NUM_THREADS="$(threads_of "$RANKS")"
-    TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-1}" # TensorFlow is quiet about this CPU
-    "$VENV/bin/horovodrun"
-    -np "$RANKS"
-    "$TRANSPORT"
-    -H "${HOSTS:-localhost:$RANKS}" # as many slots as ranks, however many cores
-    --start-timeout 120             # seconds for slow hosts to come
-)
-[[ -z $INTERFACE ]] || COMMAND+=(--network-interface "$INTERFACE")
-if [[ $TRANSPORT == --mpi ]]; then
-    COMMAND+=(
-        # containers often forbid binding; and more ranks than cores are welcome
-        --binding-args="--bind-to none --map-by slot --oversubscribe"
+# TensorFlow is quiet about this CPU
+export TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-1}"
+
+# Fills COMMAND with horovodrun and its options.
+with_horovodrun() {
+    local search=$BIN
+    [[ $TRANSPORT == --gloo ]] || search=${MPIRUN%/*}:$search # where mpirun is looked for
+    COMMAND=(
+        env
+        PATH="$search:$PATH"
+        OMP_NUM_THREADS="$(threads_of "$RANKS")"
+        "$BIN/horovodrun"
+        -np "$RANKS"
+        "$TRANSPORT"
+        -H "${HOSTS:-localhost:$RANKS}" # as many slots as ranks, however many cores
+        --start-timeout 120             # seconds for slow hosts to come
     )
+    [[ -z $INTERFACE ]] || COMMAND+=(--network-interface "$INTERFACE")
+    [[ $TRANSPORT == --mpi ]] || return 0
+    MPI_COMMAND=()
+    mpi_placement # containers often forbid binding; and more ranks than cores are welcome
+    COMMAND+=(--binding-args="${MPI_COMMAND[*]}")
     if ((RANKS > $(mpi_cores))) && [[ -z $HOSTS ]]; then
-        # a waiting rank gives its core to one that has work
-        COMMAND+=(--mpi-args="--mca mpi_yield_when_idle 1")
+        COMMAND+=(--mpi-args="--mca mpi_yield_when_idle 1") # as mpi_yield
     fi
+}
+
+# Fills COMMAND with mpirun: horovodrun does not know MPICH by its version, and has no
+# flags for Intel MPI.
+with_mpirun() {
+    mpi_command "$RANKS"
+    [[ -z $HOSTS ]] || mpi_hosts "$HOSTS"
+    mpi_network "$INTERFACE"
+    COMMAND=("${MPI_COMMAND[@]}" -genv HOROVOD_CONTROLLER mpi -genv HOROVOD_CPU_OPERATIONS mpi)
+}
+
+if [[ $TRANSPORT == --mpi ]]; then
+    find_mpi
+    printf 'horovodrun.sh: %s (%s)\n' "$MPI_NAME" "${MPIRUN#"$PROJECT"/}" >&2
 fi
+case $TRANSPORT${MPI:-} in
+    --mpimpich | --mpiintel) with_mpirun ;;
+    *) with_horovodrun ;;
+esac
 
 if [[ -n $DRY_RUN ]]; then
     printf '%q ' "${COMMAND[@]}" "${SCRIPT[@]}" "$@"

@@ -170,7 +170,7 @@ mpi_command() {
 # does well. Neighbours in rank are neighbours on a host.
 mpi_placement() {
     case $MPI in
-        openmpi) MPI_COMMAND+=(--oversubscribe --bind-to none) ;;
+        openmpi) MPI_COMMAND+=(--oversubscribe --map-by slot --bind-to none) ;;
         openmpi5) MPI_COMMAND+=(--map-by slot:OVERSUBSCRIBE --bind-to none) ;;
         mpich) MPI_COMMAND+=(-bind-to none) ;;
         intel) MPI_COMMAND+=(-genv I_MPI_PIN 0) ;;
@@ -192,7 +192,6 @@ mpi_hosts() {
     case $MPI in
         openmpi*)
             MPI_COMMAND+=(--host "$1" -x PATH -x OMP_NUM_THREADS)
-            [[ $MPI != openmpi ]] || MPI_COMMAND+=(--map-by slot)
             while read -r variable; do
                 MPI_COMMAND+=(-x "$variable")
             done < <(compgen -e | grep -E '^(HOROVOD|HVD_SPARSE|NCCL)_' || true)

@@ -74,8 +74,9 @@ def test_an_mpi_whose_flags_are_not_known_has_no_name() -> None:
 
 
 FLAGS = {
-    "openmpi": "--oversubscribe --bind-to none --mca mpi_yield_when_idle 1 --host a:3,b"
-    " -x PATH -x OMP_NUM_THREADS --map-by slot -x HVD_SPARSE_X"
+    "openmpi": "--oversubscribe --map-by slot --bind-to none"
+    " --mca mpi_yield_when_idle 1 --host a:3,b"
+    " -x PATH -x OMP_NUM_THREADS -x HVD_SPARSE_X"
     " --mca btl_tcp_if_include eth0 --mca oob_tcp_if_include eth0 --mca pml ob1"
     " --mca btl ^openib --mca btl_vader_single_copy_mechanism none",
     "openmpi5": "--map-by slot:OVERSUBSCRIBE --bind-to none"
