@@ -17,6 +17,7 @@
 PROJECT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$PROJECT/.venv
 PYTHON=$VENV/bin/python
+MPI_PYTHON="" # whose MPI is known
 
 # A virtual environment or an MPI of somebody else must not leak into ours.
 unset PYTHONHOME PYTHONPATH OPAL_PREFIX
