@@ -31,8 +31,9 @@ ARG PIP_EXTRA_INDEX_URL
 # Only what set-up reads, README.md, which it wants to be there, left empty: another change
 # to the project does not build Horovod again.
 RUN touch README.md
-COPY --chown=hvd pyproject.toml constraints.txt LICENSE ./
-COPY --chown=hvd launch/setup launch/build-horovod launch/mpi-environment.sh launch/
+COPY --chown=hvd pyproject.toml constraints*.txt LICENSE ./
+COPY --chown=hvd launch/setup launch/build-horovod launch/mpi-environment.sh \
+    launch/python.sh launch/
 COPY --chown=hvd hvd_sparse/__init__.py hvd_sparse/
 # Horovod's mark names the compiler, which the final image has not: without the mark a
 # Horovod that works is left as it is.
