@@ -7,10 +7,15 @@
 #   find_python [WANTED]          # prints the path of one that can make a .venv, or fails
 #   missing_packages              # prints the system's packages that bring one, or nothing
 #   install_line PACKAGE ...      # prints the command that installs them
+#   constraints_of 3.12           # prints the file with the releases that go together there
+#   why_no_horovod                # prints why .venv can have none, or nothing
+#   why_no_tensorflow
 
 # In this order: those with wheels of TensorFlow 2.15, with which Horovod can be built, the
 # newer those with wheels of the newest TensorFlow, and one that has torch alone.
 PYTHONS=(3.11 3.10 3.13 3.12 3.14)
+KERAS_2="TensorFlow 2.15, which has wheels for Python 3.10 and 3.11"
+TENSORFLOW="TensorFlow, which has wheels for Python 3.10 to 3.13"
 OS_RELEASE=/etc/os-release
 
 # version_of PYTHON: fails for one that is too old, too new, broken or not there.
@@ -69,4 +74,28 @@ install_line() {
     local sudo=""
     [[ $(id -u) == 0 ]] || sudo="sudo "
     echo "${sudo}apt-get update && ${sudo}apt-get install -y $*"
+}
+
+constraints_of() {
+    case $1 in
+        3.10 | 3.11) echo constraints.txt ;;
+        *) echo constraints-3.12.txt ;;
+    esac
+}
+
+# has_horovod FRAMEWORK: torch or tensorflow. Asked from elsewhere: tests/ has a folder of
+# that name.
+# shellcheck disable=SC2153 # PYTHON comes from mpi-environment.sh
+has_horovod() { (cd / && "$PYTHON" -c "import horovod.$1") >/dev/null 2>&1; }
+
+# launch/build-horovod builds one for both frameworks. One from elsewhere does, too.
+why_no_horovod() {
+    case $(version_of "$PYTHON") in
+        3.10 | 3.11) ;;
+        *) echo "needs Horovod, whose build needs $KERAS_2" ;;
+    esac
+}
+
+why_no_tensorflow() {
+    [[ $(version_of "$PYTHON") != 3.14 ]] || echo "needs $TENSORFLOW"
 }

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import needs
 import pytest
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -45,7 +46,7 @@ needs_mpirun = pytest.mark.skipif(
     not mpi_command(1), reason="needs hvd_sparse[mpi] and an MPI with its mpirun"
 )
 needs_horovodrun = pytest.mark.skipif(
-    horovodrun is None, reason="needs Horovod: launch/build-horovod"
+    horovodrun is None, reason=f"needs {needs.HOROVOD}"
 )
 
 

@@ -8,6 +8,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import needs
 import pytest
 
 from hvd_sparse.exchange import LAUNCHER_VARIABLES
@@ -47,7 +48,7 @@ def test_mpi_may_be_imported_first() -> None:
 def test_horovod_may_be_initialized_without_us(framework: str) -> None:
     # by what is installed: our folder tests/horovod is a package of that name, too
     if "horovod" not in {d.name for d in importlib.metadata.distributions()}:
-        pytest.skip("needs Horovod: launch/build-horovod")
+        pytest.skip(f"needs {needs.HOROVOD}")
     program = f"import horovod.{framework} as hvd; hvd.init(); print(hvd.size())"
     assert run_alone(program) == "1"
 

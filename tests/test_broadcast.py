@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 
+import needs
 import pytest
 from launching import START_S, launch, needs_mpirun
 
@@ -30,7 +31,7 @@ def test_a_broadcast_takes_two_tensors_at_most_beside_the_model(
     what: str, ranks: int
 ) -> None:
     if importlib.util.find_spec(FRAMEWORKS[what]) is None:
-        pytest.skip(f"needs {FRAMEWORKS[what]}")
+        pytest.skip(f"needs {needs.FRAMEWORKS[FRAMEWORKS[what]]}")
     job = launch("broadcast_memory.py", what, ranks=ranks, timeout_s=6 * START_S)
     assert job.code == 0, job.errors
     tensors = [float(line) for line in job.output.splitlines()]

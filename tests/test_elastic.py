@@ -20,6 +20,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import needs
 import psutil
 import pytest
 from launching import PROGRAMS
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.jobs
 horovodrun = shutil.which("horovodrun", path=str(Path(sys.executable).parent))
 needs_horovod = pytest.mark.skipif(
     horovodrun is None or importlib.util.find_spec("horovod") is None,
-    reason="needs hvd_sparse[horovod], which launch/build-horovod builds",
+    reason=f"needs {needs.HOROVOD}",
 )
 
 Fact = dict[str, Any]

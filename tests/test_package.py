@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import needs
 import pytest
+from packaging.requirements import Requirement
 
 import hvd_sparse
 
@@ -18,7 +20,14 @@ LAUNCH = sorted(
     for path in (PROJECT / "launch").iterdir()
     if path.is_file() and path.read_text().startswith("#!")
 )
-SOURCED = PROJECT / "launch" / "mpi-environment.sh"  # by the others, never run
+SOURCED = sorted(set((PROJECT / "launch").glob("*.sh")) - set(LAUNCH))  # never run
+CONSTRAINTS = {
+    "3.10": "constraints.txt",
+    "3.11": "constraints.txt",
+    "3.12": "constraints-3.12.txt",
+    "3.13": "constraints-3.12.txt",
+    "3.14": "constraints-3.12.txt",
+}
 
 FRAMEWORKS = {"torch", "tensorflow", "keras"}
 COLLECTIVES = {"mpi4py", "horovod"}
@@ -50,7 +59,7 @@ def test_importing_the_package_imports_no_framework_and_no_mpi() -> None:
 @pytest.mark.parametrize("framework", ["torch", "tensorflow"])
 def test_importing_a_door_imports_neither_mpi_nor_horovod(framework: str) -> None:
     if not installed(framework):
-        pytest.skip(f"needs {framework}: pip install hvd-sparse[{framework}]")
+        pytest.skip(f"needs {needs.FRAMEWORKS[framework]}")
     if not installed(f"hvd_sparse.{framework}"):
         pytest.skip(f"hvd_sparse.{framework} is not part of this release")
     assert not imported_by(f"import hvd_sparse.{framework}") & COLLECTIVES
@@ -110,12 +119,73 @@ def test_the_base_install_is_numpy_and_numba() -> None:
     assert {re.split(r"[^\w-]", line)[0] for line in base} == {"numba", "numpy"}
 
 
-def test_every_requirement_is_pinned() -> None:
-    pins = (PROJECT / "constraints.txt").read_text()
+@pytest.mark.parametrize(("python", "file"), CONSTRAINTS.items())
+def test_every_requirement_is_pinned_for_every_python(python: str, file: str) -> None:
+    """In the file for that Python, or by the requirement itself."""
+    pins = (PROJECT / file).read_text()
     pinned = set(re.findall(r"^([a-z0-9-]+)==", pins, re.MULTILINE))
-    requirements = importlib.metadata.requires("hvd-sparse") or []
-    names = {re.split(r"[^\w-]", line)[0].replace("_", "-") for line in requirements}
-    assert names <= pinned
+    for line in importlib.metadata.requires("hvd-sparse") or []:
+        needed = Requirement(line)
+        extra = re.search(r"""extra == ['"](\w+)['"]""", line)
+        where = {"python_version": python, "extra": extra[1] if extra else ""}
+        exact = any(part.operator == "==" for part in needed.specifier)
+        if needed.marker is None or needed.marker.evaluate(where):
+            assert exact or needed.name.replace("_", "-") in pinned
+
+
+def test_the_classifiers_name_the_pythons_that_have_constraints() -> None:
+    listed = importlib.metadata.metadata("hvd-sparse").get_all("Classifier") or []
+    named = {line.rpartition(" ")[2] for line in listed if "Python :: 3." in line}
+    assert named == set(CONSTRAINTS)
+    assert {python: said("constraints_of", python) for python in named} == CONSTRAINTS
+
+
+def said(*command: str, release: str = "/etc/os-release", path: str = "") -> str:
+    """What a function of launch/python.sh prints."""
+    script = f'. launch/python.sh; OS_RELEASE={release}; PATH={path or "$PATH"}; "$@"'
+    ended = subprocess.run(
+        ["bash", "-c", script, "bash", *command],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("codename", "python"),
+    [("jammy", "3.10"), ("bookworm", "3.11"), ("noble", "3.12"), ("trixie", "3.13")],
+)
+@pytest.mark.parametrize("variable", ["VERSION_CODENAME", "UBUNTU_CODENAME"])
+def test_the_packages_that_bring_a_python_are_those_of_the_system(
+    variable: str, codename: str, python: str, tmp_path: Path
+) -> None:
+    release, apt = tmp_path / "os-release", tmp_path / "apt-get"
+    release.write_text(f"VERSION_CODENAME=mint\n{variable}={codename}\n")
+    apt.touch(mode=0o755)
+    packages = said("missing_packages", release=str(release), path=str(tmp_path))
+    assert packages == f"python{python} python{python}-venv"
+
+
+@pytest.mark.parametrize(
+    ("version", "serves"), [("3.9", False), ("3.14", True), ("3.15", False)]
+)
+def test_a_python_too_old_or_too_new_is_not_taken(
+    version: str, serves: bool, tmp_path: Path
+) -> None:
+    """One that only says its version: no such Python need be there."""
+    python = tmp_path / "python3"
+    python.write_text(
+        f'#!/bin/bash\nexec {sys.executable} -c "import sys; sys.version_info ='
+        f" ({version.replace('.', ', ')})"
+        ' ; exec(sys.argv[1])" "$2"\n'
+    )
+    python.chmod(0o755)
+    script = "find_python || echo none"
+    found = said("eval", script, path=str(tmp_path))
+    assert found == (str(python) if serves else "none")
 
 
 @pytest.mark.parametrize("script", LAUNCH, ids=lambda path: path.name)
@@ -129,10 +199,10 @@ def test_every_launch_script_is_executable_and_says_how_to_use_it(
     assert "\nset -euo pipefail\n" in text
 
 
-def test_what_the_launch_scripts_source_cannot_be_run() -> None:
-    assert "\n# usage" in SOURCED.read_text()
-    assert not os.access(SOURCED, os.X_OK)
-    assert SOURCED not in LAUNCH
+@pytest.mark.parametrize("script", SOURCED, ids=lambda path: path.name)
+def test_what_the_launch_scripts_source_cannot_be_run(script: Path) -> None:
+    assert "\n# usage" in script.read_text()
+    assert not os.access(script, os.X_OK)
 
 
 @pytest.mark.parametrize("script", ["setup", "test"])
@@ -149,5 +219,6 @@ def test_help_prints_the_usage_block_and_does_nothing(script: str) -> None:
 
 
 def test_no_file_names_a_package_registry() -> None:
-    for name in ["pyproject.toml", "constraints.txt", "launch/setup", "launch/test"]:
+    files = ["pyproject.toml", "launch/setup", "launch/test", "launch/python.sh"]
+    for name in [*files, *CONSTRAINTS.values()]:
         assert not re.search(r"pypi\.|pythonhosted|://", (PROJECT / name).read_text())
