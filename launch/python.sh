@@ -9,13 +9,11 @@
 #   install_line PACKAGE ...      # prints the command that installs them
 #   constraints_of 3.12           # prints the file with the releases that go together there
 #   why_no_horovod                # prints why .venv can have none, or nothing
-#   why_no_tensorflow
+#   why_no_keras_3, why_no_tensorflow    # the same, of .venv-keras3 and .venv
 
-# In this order: those with wheels of TensorFlow 2.15, with which Horovod can be built, the
-# newer those with wheels of the newest TensorFlow, and one that has torch alone.
+# In this order: those with wheels of TensorFlow 2.15, with which Horovod can be built,
+# those with wheels of the newest TensorFlow, and one that has torch alone.
 PYTHONS=(3.11 3.10 3.13 3.12 3.14)
-KERAS_2="TensorFlow 2.15, which has wheels for Python 3.10 and 3.11"
-TENSORFLOW="TensorFlow, which has wheels for Python 3.10 to 3.13"
 OS_RELEASE=/etc/os-release
 
 # version_of PYTHON: fails for one that is too old, too new, broken or not there.
@@ -88,14 +86,21 @@ constraints_of() {
 # shellcheck disable=SC2153 # PYTHON comes from mpi-environment.sh
 has_horovod() { (cd / && "$PYTHON" -c "import horovod.$1") >/dev/null 2>&1; }
 
-# launch/build-horovod builds one for both frameworks. One from elsewhere does, too.
+# has_keras_2: the first ones of PYTHONS
+has_keras_2() { [[ $(version_of "$PYTHON") == 3.1[01] ]]; }
+
+KERAS_2="TensorFlow 2.15, which has wheels for Python 3.10 and 3.11"
+
+# launch/build-horovod builds one for torch and TensorFlow. One from elsewhere does, too.
 why_no_horovod() {
-    case $(version_of "$PYTHON") in
-        3.10 | 3.11) ;;
-        *) echo "needs Horovod, whose build needs $KERAS_2" ;;
-    esac
+    has_keras_2 || echo "needs Horovod, which is built with $KERAS_2"
 }
 
 why_no_tensorflow() {
-    [[ $(version_of "$PYTHON") != 3.14 ]] || echo "needs $TENSORFLOW"
+    has_keras_2 || echo "needs $KERAS_2; --keras3 runs it with the newest"
+}
+
+why_no_keras_3() {
+    [[ $(version_of "$PYTHON") != 3.14 ]] ||
+        echo "needs TensorFlow, which has wheels for Python 3.10 to 3.13"
 }

@@ -1,31 +1,19 @@
 """Which settings are warned of: a table of optimizers x densities x sparsifiers."""
 
 import gc
-import re
 import warnings
 from typing import Any
 
 import pytest
 import torch
+from advising import LATE, NOT_LATE, VERY_LATE, assert_advised
 
 import hvd_sparse.torch as sparse
-from hvd_sparse import (
-    CAT,
-    Affine,
-    QualityWarning,
-    RandomK,
-    SignTopK,
-    Stochastic,
-    Threshold,
-    TopK,
-)
+from hvd_sparse import QualityWarning, TopK
 from hvd_sparse.advice import Adviser
 
-tf = pytest.importorskip("tensorflow", reason="pip install 'hvd_sparse[tensorflow]'")
-import hvd_sparse.tensorflow as sparse_tf  # noqa: E402  # it imports TensorFlow
-
 Weights = list[torch.nn.Parameter]
-optim, keras, legacy = torch.optim, tf.keras.optimizers, tf.keras.optimizers.legacy
+optim = torch.optim
 
 
 def weights() -> Weights:
@@ -82,14 +70,6 @@ TORCH = {
         "betas=(0.0, 0.9)",
     ),
 }
-KERAS = {
-    "SGD": (lambda k: k.SGD(momentum=0.9), "momentum=0.9", "momentum=0"),
-    "RMSprop": (lambda k: k.RMSprop(momentum=0.3), "momentum=0.3", "momentum=0"),
-    **{
-        name: (lambda k, name=name: getattr(k, name)(), "beta_1=0.9", "beta_1=0")
-        for name in ("Adam", "Nadam", "Adamax")
-    },
-}
 GOOD_TORCH = {
     "SGD": lambda w: optim.SGD(w, lr=0.1),
     "RMSprop": optim.RMSprop,
@@ -101,72 +81,12 @@ GOOD_TORCH = {
     "nobody measured": Own,
     "a subclass of its own kind": OwnAdam,
 }
-GOOD_KERAS = {
-    "SGD": lambda k: k.SGD(),
-    "RMSprop": lambda k: k.RMSprop(),
-    "Adam": lambda k: k.Adam(beta_1=0.0),
-    "Nadam": lambda k: k.Nadam(beta_1=0.0),
-    "Adamax": lambda k: k.Adamax(beta_1=0.0),
-    "Adagrad": lambda k: k.Adagrad(),
-}
-
-LATE = [TopK(0.01), TopK(0.09), SignTopK(0.01), RandomK(0.05)]
-VERY_LATE = [TopK(0.001), TopK(0.0099), SignTopK(0.001), RandomK(0.005)]
-NOT_LATE = [
-    TopK(0.1),
-    TopK(1.0),
-    RandomK(0.5),
-    Stochastic(0.01),  # keeps nothing
-    # their density is not known before training
-    Threshold(0.1),
-    SignTopK.alistarh(),
-    CAT(TopK(), Affine(1.0, 54.0)),
-]
-
-
-def found_by(optimizer: Any, sparsifier: Any) -> str | None:
-    ours = sparse if isinstance(optimizer, optim.Optimizer) else sparse_tf
-    return ours.advise(optimizer, sparsifier)
-
-
-def keras_of(legacy_too: dict[str, Any]) -> list[Any]:
-    return [
-        pytest.param((k, row), id=f"{k.__name__.rpartition('.')[2]}-{name}")
-        for name, row in legacy_too.items()
-        for k in (keras, legacy)
-    ]
-
-
-def assert_advised(optimizer: Any, found: str, better: str) -> None:
-    for sparsifier in LATE:
-        text = found_by(optimizer, sparsifier)
-        assert text is not None
-        assert f"({found}) with {sparsifier!r}" in text
-        assert f"Set {better}: " in text
-        assert re.search(r": .*\d %.*\(benchmarks/fidelity.py\)$", text)
-    for sparsifier in VERY_LATE:
-        text = found_by(optimizer, sparsifier)
-        assert text is not None
-        assert f"({found}) with {sparsifier!r}" in text
-        assert "no setting measured so far" in text
-        assert better not in text.replace(found, "")
-    for sparsifier in NOT_LATE:
-        assert found_by(optimizer, sparsifier) is None
 
 
 @pytest.mark.parametrize("row", TORCH.values(), ids=TORCH.keys())
 def test_momentum_in_pytorch_is_advised_against(row: Any) -> None:
     make, found, better = row
-    assert_advised(make(weights()), found, better)
-
-
-@pytest.mark.parametrize("row", keras_of(KERAS))
-def test_momentum_in_keras_is_advised_against(row: Any) -> None:
-    kind, (make, found, better) = row
-    assert_advised(make(kind), found, better)
-    assert_advised(
-        tf.keras.mixed_precision.LossScaleOptimizer(make(kind)), found, better
-    )
+    assert_advised(sparse.advise, make(weights()), found, better)
 
 
 @pytest.mark.parametrize("row", TORCH.values(), ids=TORCH.keys())
@@ -176,35 +96,10 @@ def test_what_is_advised_for_pytorch_can_be_written_and_helps(row: Any) -> None:
     assert sparse.advise(cured, TopK(0.01)) is None
 
 
-@pytest.mark.parametrize("row", keras_of(KERAS))
-def test_what_is_advised_for_keras_can_be_written_and_helps(row: Any) -> None:
-    kind, (make, _, better) = row
-    cured = type(make(kind))(**eval(f"dict({better})"))
-    assert sparse_tf.advise(cured, TopK(0.01)) is None
-
-
-def test_adamw_of_keras_is_advised_against() -> None:
-    assert_advised(keras.AdamW(), "beta_1=0.9", "beta_1=0")
-
-
 @pytest.mark.parametrize("make", GOOD_TORCH.values(), ids=GOOD_TORCH.keys())
 def test_nothing_is_said_of_other_optimizers_of_pytorch(make: Any) -> None:
     optimizer = make(weights())
     assert all(sparse.advise(optimizer, s) is None for s in LATE + VERY_LATE + NOT_LATE)
-
-
-@pytest.mark.parametrize("row", keras_of(GOOD_KERAS))
-def test_nothing_is_said_of_other_optimizers_of_keras(row: Any) -> None:
-    kind, make = row
-    optimizer = make(kind)
-    for sparsifier in LATE + VERY_LATE + NOT_LATE:
-        assert sparse_tf.advise(optimizer, sparsifier) is None
-
-
-@pytest.mark.parametrize("name", ["SGD", "RMSprop"])
-def test_nothing_is_said_of_a_hyperparameter_that_is_a_function(name: str) -> None:
-    optimizer = getattr(legacy, name)(momentum=lambda: 0.9)
-    assert sparse_tf.advise(optimizer, TopK(0.01)) is None
 
 
 def test_each_optimizer_is_warned_of_once_by_the_first_rank() -> None:

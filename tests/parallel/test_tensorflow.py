@@ -3,6 +3,7 @@
 import warnings
 from typing import ClassVar
 
+import needs
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -25,7 +26,7 @@ RANK, SIZE = COMM.Get_rank(), COMM.Get_size()
 KERAS_3 = str(getattr(tf.keras, "__version__", "2")).startswith("3")
 
 several = pytest.mark.skipif(SIZE == 1, reason="needs mpirun -np 2 or more")
-keras_2 = pytest.mark.skipif(KERAS_3, reason="Keras 3 has no legacy optimizers")
+keras_2 = pytest.mark.skipif(KERAS_3, reason=f"needs {needs.KERAS_2}")
 keras_3 = pytest.mark.skipif(not KERAS_3, reason="needs Keras 3: launch/test --keras3")
 
 # TensorFlow's and Keras's own, at import or first use

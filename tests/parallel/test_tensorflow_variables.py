@@ -7,6 +7,7 @@ never saw another variable.
 import gc
 import re
 
+import needs
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -21,7 +22,7 @@ RANK, SIZE = COMM.Get_rank(), COMM.Get_size()
 KERAS_3 = str(getattr(tf.keras, "__version__", "2")).startswith("3")
 
 several = pytest.mark.skipif(SIZE == 1, reason="needs mpirun -np 2 or more")
-keras_2 = pytest.mark.skipif(KERAS_3, reason="Keras 3 has no such names")
+keras_2 = pytest.mark.skipif(KERAS_3, reason=f"needs {needs.KERAS_2}")
 
 # TensorFlow's and Keras's own, at import or first use
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
