@@ -74,7 +74,7 @@ def extract(reduced: Floats, size: int) -> tuple[list[Bytes], float]:
     slots = reduced[1:].reshape(size, -1)
     marks = slots[:, 0].astype(np.float64)
     present = marks > 0
-    scale = float(marks.max(initial=0.0))
+    scale = float(np.max(marks, initial=0.0))
     if not present.any() or abs(reduced[0] / scale - present.sum()) > 0.5:
         raise PayloadError(
             "op must be Average or Sum: the reduced buffer is neither of them"
@@ -82,7 +82,7 @@ def extract(reduced: Floats, size: int) -> tuple[list[Bytes], float]:
     payloads = []
     for slot, mark in zip(slots, marks, strict=True):
         words = np.rint(slot[1:] / mark) if mark > 0 else np.empty(0)
-        if words.size and not 0 <= words.min() <= words.max() < 1 << 16:
+        if words.size and not 0 <= np.min(words) <= np.max(words) < 1 << 16:
             raise PayloadError("a slot of the reduced buffer has no 16-bit integers")
         payloads.append(words.astype(np.uint16).view(np.uint8))
     return payloads, scale

@@ -34,7 +34,7 @@ def write_state(path: str | PathLike[str], state: dict[str, Any]) -> None:
     tensors = state["tensors"]
     residuals = {name: saved["residual"] for name, saved in tensors.items()}
     bare = {name: {**saved, "residual": None} for name, saved in tensors.items()}
-    arrays = {
+    arrays: dict[str, Any] = {
         f"residual {name}": np.asarray(residual)
         for name, residual in residuals.items()
         if residual is not None

@@ -509,7 +509,8 @@ class _GraphExchange:
         if not self._padded:
             return payload.copy()  # the path reuses its memory
         padding = np.zeros(padded_bytes(payload.size) - payload.size, np.uint8)
-        return np.concatenate([payload, padding])
+        padded: Array = np.concatenate([payload, padding])
+        return padded
 
     def deliver(self, name: str, gathered: Array) -> None:
         self._gathered[name] = gathered
