@@ -86,8 +86,8 @@ constraints_of() {
 # shellcheck disable=SC2153 # PYTHON comes from mpi-environment.sh
 has_horovod() { (cd / && "$PYTHON" -c "import horovod.$1") >/dev/null 2>&1; }
 
-# has_keras_2: the first ones of PYTHONS
-has_keras_2() { [[ $(version_of "$PYTHON") == 3.1[01] ]]; }
+# has_keras_2: whether .venv has it, or will have it once it is there
+has_keras_2() { [[ $(version_of "$PYTHON" || version_of "$(find_python)") == 3.1[01] ]]; }
 
 KERAS_2="TensorFlow 2.15, which has wheels for Python 3.10 and 3.11"
 
