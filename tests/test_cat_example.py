@@ -14,7 +14,7 @@ import pytest
 from hvd_sparse import CAT, ExactCAT, PaperPayload, Payload, SignTopK, TopK
 from hvd_sparse.core.costs import Message
 
-pytest.importorskip("scipy", reason="pip install .[examples]")
+pytest.importorskip("scipy", reason="needs hvd-sparse[examples]")
 
 # bytes of gradient descent over bytes of the method, to a loss of log(2) / 2 on P-A;
 # bits counted as in the paper; made by numpy's sorting and cumulative sums alone

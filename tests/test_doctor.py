@@ -323,7 +323,7 @@ def test_a_numpy_checkpoint_is_read(tmp_path: Path) -> None:
 
 
 def test_a_torch_checkpoint_is_read(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs hvd-sparse[torch]")
     weights = {"w": torch.zeros(4, 6), "count": torch.zeros(3, dtype=torch.int64)}
     for saved in (weights, {"model": weights, "optimizer": {"m": torch.zeros(99)}}):
         torch.save(saved, tmp_path / "model.pt")
@@ -331,7 +331,7 @@ def test_a_torch_checkpoint_is_read(tmp_path: Path) -> None:
 
 
 def test_a_keras_checkpoint_is_read(tmp_path: Path) -> None:
-    h5py = pytest.importorskip("h5py")
+    h5py = pytest.importorskip("h5py", reason="needs h5py: pip install h5py")
     file = tmp_path / "model.weights.h5"
     with h5py.File(file, "w") as weights:
         weights["layers/dense/vars/0"] = np.zeros((2, 3), np.float32)

@@ -37,6 +37,7 @@ needs_horovod = pytest.mark.skipif(
     reason=f"needs {needs.HOROVOD}",
 )
 
+TORCH = f"needs {needs.FRAMEWORKS['torch']}"
 Fact = dict[str, Any]
 
 
@@ -311,7 +312,7 @@ def test_a_state_without_the_compressor_is_an_error_that_says_so(
 
 
 def test_residuals_that_rank_0_does_not_know_are_not_lost() -> None:
-    torch_elastic = pytest.importorskip("hvd_sparse.torch.elastic", reason="torch")
+    torch_elastic = pytest.importorskip("hvd_sparse.torch.elastic", reason=TORCH)
     here = {"shape": (2,), "dtype": "float32", "step": 7, "residual": "kept"}
     there = {**here, "step": 9, "residual": None}
     newcomer = {"known": there}
@@ -325,7 +326,7 @@ def test_residuals_that_rank_0_does_not_know_are_not_lost() -> None:
 def test_no_segment_is_shorter_than_one_of_a_negotiation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    torch_elastic = pytest.importorskip("hvd_sparse.torch.elastic", reason="torch")
+    torch_elastic = pytest.importorskip("hvd_sparse.torch.elastic", reason=TORCH)
     monkeypatch.setenv("HOROVOD_ELASTIC", "1")
     for size in range(1, 100):
         segments = 2 * size

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-yaml = pytest.importorskip("yaml", reason="needs PyYAML: launch/build-horovod")
+yaml = pytest.importorskip("yaml", reason="needs PyYAML: pip install pyyaml")
 
 PROJECT = Path(__file__).parent.parent
 # the operator's manifests/base/kubeflow.org_mpijobs.yaml
@@ -53,7 +53,7 @@ def refuse_unknown(schema: Any) -> None:
 
 @pytest.mark.skipif(not SCHEMA, reason="needs HVD_SPARSE_MPIJOB_SCHEMA: a file")
 def test_it_fits_the_operators_published_schema(job: dict[str, Any]) -> None:
-    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema = pytest.importorskip("jsonschema", reason="pip install jsonschema")
     versions = yaml.safe_load(Path(SCHEMA).read_text())["spec"]["versions"]
     (schema,) = (v["schema"] for v in versions if v["name"] == "v2beta1")
     schema = schema["openAPIV3Schema"]

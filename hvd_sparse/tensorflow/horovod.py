@@ -506,11 +506,10 @@ class _GraphExchange:
 
     def outgoing(self, name: str) -> Array:
         payload = self._sent[name]
-        if not self._padded:
-            return payload.copy()  # the path reuses its memory
-        padding = np.zeros(padded_bytes(payload.size) - payload.size, np.uint8)
-        padded: Array = np.concatenate([payload, padding])
-        return padded
+        missing = padded_bytes(payload.size) - payload.size if self._padded else 0
+        # a copy in any case: the path reuses the payload's memory
+        outgoing: Array = np.concatenate([payload, np.zeros(missing, np.uint8)])
+        return outgoing
 
     def deliver(self, name: str, gathered: Array) -> None:
         self._gathered[name] = gathered
