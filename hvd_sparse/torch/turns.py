@@ -146,7 +146,7 @@ class _Turn:
         Raises:
             ValueError: nobody knows which of them it is.
         """
-        if self._is_past(parameter):
+        if self._owner is None or self._is_past(parameter):
             return False
         if not self.is_changed(parameter):
             return bool(self._due) or self._awaiting() is not None
@@ -234,7 +234,7 @@ def _changed(name: str) -> ValueError:
     return ValueError(
         f"{name}: several optimizers hold it, and its gradient was changed when it was "
         "the result of another one: change it between synchronize() and step() of one "
-        "optimizer, before another synchronizes, or give it a new tensor as gradient"
+        "optimizer, before another synchronizes, or set p.grad to a new tensor"
     )
 
 

@@ -424,6 +424,26 @@ def test_a_gradient_that_may_be_of_either_optimizer_is_refused(write):
         optimizer.close()
 
 
+@pytest.mark.ranks
+def test_what_was_seen_of_an_exchange_that_was_refused_is_forgotten():
+    u, w = weights(2)
+    a, b = (distribute([u, w], op=Sum) for _ in range(2))
+    (u.sum() + w.sum()).backward()
+    a.step()
+    u.grad = torch.full(SHAPE, 8.0)
+    w.grad.mul_(0.5)
+    with pytest.raises(ValueError, match="p1: several optimizers hold it"):
+        b.step()
+    u.grad.fill_(2.0)
+    w.grad = torch.full(SHAPE, 3.0)
+    b.step()
+    a.step()
+    assert u.unique().tolist() == [-(1 + 2 * 2) * SIZE]
+    assert w.unique().tolist() == [-(1 + 2 * 3) * SIZE]
+    for optimizer in (a, b):
+        optimizer.close()
+
+
 def close(optimizers, w):
     optimizers.pop(0).close()
 
