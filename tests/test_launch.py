@@ -41,6 +41,11 @@ VERSIONS = [
         ("openmpi5", "Open MPI 5.0.11"),
     ),
     (
+        "Open MPI v5.0.7, package: Debian OpenMPI, ident: 5.0.7, repo rev: v5.0.7, "
+        "Feb 14, 2025",
+        ("openmpi5", "Open MPI 5.0.7"),
+    ),
+    (
         "MPICH Version: 5.0.2 MPICH Release date: Fri Sep 25 20:45:26 UTC 2026 "
         "MPICH ABI: 18:2:6",
         ("mpich", "MPICH 5.0.2"),
