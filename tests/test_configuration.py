@@ -1,5 +1,7 @@
 """What ranks agree on is the whole of a part, not the name of its class."""
 
+import re
+import threading
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -115,6 +117,22 @@ def test_what_can_not_be_described_is_refused_by_name() -> None:
         ),
     ):
         describe(Holding(log=file), "sparsifier")
+
+
+def test_compiled_parts_are_told_apart_by_what_they_hold() -> None:
+    """They have no attributes, whether their type is static or on the heap."""
+    one, other = Holding(names=re.compile("a")), Holding(names=re.compile("b"))
+    assert describe(one) == describe(Holding(names=re.compile("a")))
+    assert describe(one) != describe(other)
+    with pytest.raises(TypeError, match="Holding holds a lock"):
+        describe(Holding(lock=threading.Lock()))
+
+
+def test_what_a_class_borrows_from_a_compiled_one_does_not_make_it_one() -> None:
+    class Borrowing(Holding):
+        __hash__ = object.__hash__
+
+    assert describe(Borrowing(a=1)).endswith("Borrowing(a=1)")
 
 
 def test_parts_that_hold_each_other_are_refused() -> None:

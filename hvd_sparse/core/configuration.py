@@ -12,13 +12,30 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cached_property
 from hashlib import blake2b
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FunctionType,
+    GetSetDescriptorType,
+    MemberDescriptorType,
+    MethodDescriptorType,
+    MethodType,
+    WrapperDescriptorType,
+)
 from typing import Any, Generic, Protocol
 
 import numpy as np
 
 _PLAIN = (type(None), type(...), bool, int, float, complex, str, bytes)
-_MADE_IN_PYTHON = 1 << 9  # Py_TPFLAGS_HEAPTYPE
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE, which a class statement always makes
+# what compiled types have, and of a class statement only these two
+_COMPILED = (
+    GetSetDescriptorType,
+    MemberDescriptorType,
+    MethodDescriptorType,
+    WrapperDescriptorType,
+)
+_OF_EVERY_CLASS = ("__dict__", "__weakref__")
 _PICKLING = ("__reduce__", "__reduce_ex__")
 _MOST_LEVELS = 20  # of parts within parts; deeper ones hold each other
 
@@ -107,8 +124,22 @@ def _is_opaque(kind: type) -> bool:
     """Whether its state is not, or not only, in its attributes: arrays, slots ..."""
     own_pickle = any(getattr(kind, n) is not getattr(object, n) for n in _PICKLING)
     bases = [base for base in kind.__mro__ if base not in (object, Generic, Protocol)]
-    compiled = any(not base.__flags__ & _MADE_IN_PYTHON for base in bases)
-    return own_pickle or compiled or any("__slots__" in vars(base) for base in bases)
+    return own_pickle or any(map(_is_compiled, bases))
+
+
+def _is_compiled(kind: type) -> bool:
+    """Whether it has state outside of attributes: made in C, or with slots.
+
+    The newer Python is, the more of its C types are heap types.
+    """
+    if not kind.__flags__ & _HEAP_TYPE or "__slots__" in vars(kind):
+        return True
+    return any(
+        isinstance(value, _COMPILED)
+        and value.__objclass__ is kind
+        and name not in _OF_EVERY_CLASS
+        for name, value in vars(kind).items()
+    )
 
 
 def _function(value: Any, levels: int) -> str:
