@@ -86,18 +86,25 @@ constraints_of() {
 # shellcheck disable=SC2153 # PYTHON comes from mpi-environment.sh
 has_horovod() { (cd / && "$PYTHON" -c "import horovod.$1") >/dev/null 2>&1; }
 
-# has_keras_2: whether .venv has it, or will have it once it is there
-has_keras_2() { [[ $(version_of "$PYTHON" || version_of "$(find_python)") == 3.1[01] ]]; }
+# version_here: of the Python in .venv, or of the one that it will have
+version_here() { version_of "$PYTHON" || version_of "$(find_python)"; }
 
 KERAS_2="TensorFlow 2.15, which has wheels for Python 3.10 and 3.11"
 
-# launch/build-horovod builds one for torch and TensorFlow. One from elsewhere does, too.
+# launch/build-horovod builds one for torch, and for TensorFlow 2.15 where that is. One
+# from elsewhere does, too.
 why_no_horovod() {
-    has_keras_2 || echo "needs Horovod, which is built with $KERAS_2"
+    case $(version_here) in
+        3.1[012]) ;;
+        *) echo "needs Horovod, which was built with Python 3.10 to 3.12" ;;
+    esac
 }
 
 why_no_tensorflow() {
-    has_keras_2 || echo "needs $KERAS_2; --keras3 runs it with the newest"
+    case $(version_here) in
+        3.1[01]) ;;
+        *) echo "needs $KERAS_2; --keras3 runs it with the newest" ;;
+    esac
 }
 
 why_no_keras_3() {
