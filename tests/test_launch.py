@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import in_mpi_environment, needs_mpirun
+from launching import in_mpi_environment, needs_mpirun, run
 
 PROJECT = Path(__file__).parents[1]
 MPIRUN = str(PROJECT / "launch" / "mpirun.sh")
@@ -112,12 +112,10 @@ def test_each_mpi_is_told_in_its_own_words(mpi: str) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_ranks_start_under_the_mpi_of_their_python(python: str, ranks: int) -> None:
     command = [MPIRUN, "-n", str(ranks), "--python", python, "--command"]
-    done = subprocess.run(
-        [*command, python, "-c", RANKS], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(ranks), "True"]  # bound to no core
-    (said,) = (s for s in done.stderr.splitlines() if s.startswith("mpirun.sh: "))
+    job = run([*command, python, "-c", RANKS], timeout_s=120)
+    assert job.code == 0, job.errors
+    assert job.output.split() == [str(ranks), "True"]  # bound to no core
+    (said,) = (s for s in job.errors.splitlines() if s.startswith("mpirun.sh: "))
     assert str(Path(python).parent / "mpirun") in str(PROJECT / said.split("(")[1])
 
 
