@@ -17,10 +17,10 @@ keras, legacy = tf.keras.optimizers, tf.keras.optimizers.legacy
 
 # what is found, and what it should be
 KERAS = {
-    "SGD": (lambda k: k.SGD(momentum=0.9), "momentum=0.9", "momentum=0"),
-    "RMSprop": (lambda k: k.RMSprop(momentum=0.3), "momentum=0.3", "momentum=0"),
+    "SGD": (lambda k: k.SGD(momentum=0.9), "momentum=0.9", "momentum=0.0"),
+    "RMSprop": (lambda k: k.RMSprop(momentum=0.3), "momentum=0.3", "momentum=0.0"),
     **{
-        name: (lambda k, name=name: getattr(k, name)(), "beta_1=0.9", "beta_1=0")
+        name: (lambda k, name=name: getattr(k, name)(), "beta_1=0.9", "beta_1=0.0")
         for name in ("Adam", "Nadam", "Adamax")
     },
 }
@@ -62,7 +62,7 @@ def test_what_is_advised_for_keras_can_be_written_and_helps(row: Any) -> None:
 
 
 def test_adamw_of_keras_is_advised_against() -> None:
-    assert_advised(sparse.advise, keras.AdamW(), "beta_1=0.9", "beta_1=0")
+    assert_advised(sparse.advise, keras.AdamW(), "beta_1=0.9", "beta_1=0.0")
 
 
 @pytest.mark.parametrize("row", keras_of(GOOD_KERAS))

@@ -39,11 +39,11 @@ def _momentum(optimizer: Any) -> Momentum | None:
     if isinstance(optimizer, _BETA_1):
         beta_1 = _number(optimizer, "beta_1")
         if beta_1 > 0:
-            return Momentum(kind, f"beta_1={beta_1:g}", "beta_1=0", ADAM)
+            return Momentum(kind, f"beta_1={beta_1:g}", "beta_1=0.0", ADAM)
     elif isinstance(optimizer, _MOMENTUM):
         momentum = _number(optimizer, "momentum")
         if momentum > 0:
-            return Momentum(kind, f"momentum={momentum:g}", "momentum=0", SGD)
+            return Momentum(kind, f"momentum={momentum:g}", "momentum=0.0", SGD)
     return None
 
 
