@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from hosts import Cluster, why_not
-from launching import PROGRAMS, START_S
+from launching import PROGRAMS, START_S, needs_horovodrun
 
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks" / "cluster")
 DEADLINE_S = 5  # what the program gives its peers
@@ -31,7 +31,9 @@ pytestmark = [
     # above the sum of a test's own limits: pytest's would leave hosts and ranks behind
     pytest.mark.timeout(900),
 ]
-doors = pytest.mark.parametrize("door", ["mpi", "horovod"])
+doors = pytest.mark.parametrize(
+    "door", ["mpi", pytest.param("horovod", marks=needs_horovodrun)]
+)
 
 
 def wait_until(
@@ -244,6 +246,7 @@ def elastic(folder: Path, fault: str, sizes: str) -> list[dict]:
         return [json.loads(line) for line in facts.read_text().splitlines()]
 
 
+@needs_horovodrun
 def test_elastic_training_goes_on_without_the_host_of_a_killed_worker(
     tmp_path: Path,
 ) -> None:
