@@ -69,7 +69,7 @@ class Broadcast:
         """An error inside, before anything is sent, reaches the peers in `agree`."""
         try:
             yield
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C, too
             self._exchange.report(error)
             raise
 

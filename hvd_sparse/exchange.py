@@ -339,8 +339,12 @@ class MpiExchange:
             ExchangeError: they did not come to hear it in time.
         """
         self._started = time.monotonic()
-        for _ in self.reporting(error):
-            self._pause_or_give_up()
+        try:
+            for _ in self.reporting(error):
+                self._pause_or_give_up()
+        except BaseException as another:  # Ctrl-C, say: it is not waited for any more
+            self.interrupt(f"{type(another).__name__} while it told its peers")
+            raise
 
     def reporting(self, error: BaseException) -> Iterator[None]:
         """What `report` does, as an iterator that ends when the peers have heard."""
@@ -518,7 +522,7 @@ def _watch(exchange: MpiExchange) -> None:
         traceback: TracebackType | None,
     ) -> None:
         previous(kind, error, traceback)
-        if isinstance(error, Exception) and not isinstance(error, ExchangeError):
+        if not isinstance(error, ExchangeError):  # of which the peers know
             _say_farewell(error, list(_OPEN))
 
     excepthook.reports_to_peers = True  # type: ignore[attr-defined]

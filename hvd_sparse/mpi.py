@@ -12,6 +12,7 @@ from hvd_sparse.agreement import Row
 from hvd_sparse.core import costs
 from hvd_sparse.core.contracts import Average, Sparsifier
 from hvd_sparse.core.costs import Measurement
+from hvd_sparse.core.interrupts import Uninterrupted
 from hvd_sparse.core.path import Flight, GradientPath
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.scaling import scale_of
@@ -160,6 +161,7 @@ class SparseAllreduce:
             RuntimeError: another thread uses this object.
             ExchangeError: a peer disagrees, raised, or did not arrive in time. What was
                 sent is back in the residual.
+            KeyboardInterrupt: Ctrl-C, once the results are in out: see Uninterrupted.
         """
         with self._alone():
             self.start(gradients, out)
@@ -191,7 +193,7 @@ class SparseAllreduce:
                     self._path.begin()
                 self._send(gradients, out)
                 self._send_blobs(blobs or {})
-            except Exception as error:
+            except BaseException as error:  # Ctrl-C, too
                 self._recall()
                 self._exchange.report(error)
                 raise
@@ -206,14 +208,15 @@ class SparseAllreduce:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Two threads would mix up their steps, or tear down MPI."""
+        """Two threads would mix up their steps, or tear down MPI; Ctrl-C waits."""
         if not self._used.acquire(blocking=False):
             raise RuntimeError(
                 "this SparseAllreduce is in use by another thread: give each thread "
                 "one of its own"
             )
         try:
-            yield
+            with Uninterrupted():
+                yield
         finally:
             self._used.release()
 

@@ -1,9 +1,13 @@
 """What the tests of several doors share; imports no framework."""
 
+import signal
+from typing import Any
+
 from hvd_sparse import (
     CAT,
     Affine,
     RandomK,
+    Selection,
     SignTopK,
     Stochastic,
     Threshold,
@@ -11,6 +15,21 @@ from hvd_sparse import (
 )
 
 AFFINE = Affine(per_byte=1.0, per_message=54.0)
+
+
+class Interrupted(TopK):
+    """Ctrl-C comes as soon as it has selected, when nobody has the selection yet."""
+
+    calls = 0  # of which the second one is interrupted
+
+    def select(self, *arguments: Any, **options: Any) -> Selection:
+        """As TopK."""
+        selection = super().select(*arguments, **options)
+        type(self).calls += 1
+        if self.calls == 2:
+            signal.raise_signal(signal.SIGINT)
+        return selection
+
 
 # one of each
 SPARSIFIERS = [

@@ -44,9 +44,6 @@ def test_a_rank_that_raises_outside_is_heard_by_its_peers() -> None:
     assert "in the loss of this rank" in job.errors
 
 
-@pytest.mark.xfail(
-    strict=True, reason="only an Exception is reported to the peers, Ctrl-C is not"
-)
 def test_a_rank_that_is_interrupted_is_heard_by_its_peers() -> None:
     job = fault("interrupt")
     assert job.code != 0

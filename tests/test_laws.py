@@ -857,11 +857,6 @@ class Forgetful(ErrorFeedback):
         raise MemoryError
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="what was selected is in nobody's hands until it is sent",
-)
 @pytest.mark.parametrize("stage", ["encode", "keep"])
 def test_an_error_between_selection_and_exchange_loses_nothing(
     stage: str, monkeypatch: pytest.MonkeyPatch
@@ -891,11 +886,6 @@ class Priceless:
         return sizes
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="CAT selects before it asks what that costs",
-)
 @pytest.mark.parametrize("scheme", [TopK(), SignTopK()], ids=repr)
 def test_a_cost_that_raises_loses_nothing(scheme: Any) -> None:
     path = Ranks(1, CAT(scheme, Priceless())).paths[0]

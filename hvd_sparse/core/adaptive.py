@@ -261,18 +261,27 @@ class Choice:
         indices, values, nonfinite = kernels.select_some(
             residual, gradient, looked, out
         )
-        while True:
-            looked = values.shape[0]
-            levels = self.cat.levels(values)
-            levels = levels.followed_by(levels.magnitudes[-1], n - looked)
-            size = self.best(levels, residual, k)
-            if size <= looked:
-                break
+        while (size := self._worth(residual, indices, values, k)) > values.shape[0]:
             kernels.add_at(residual, indices, values)
             looked = min(most, 4 * looked)
             indices, values = kernels.select_again(residual, looked)
         indices, values = kernels.keep_largest(residual, indices, values, size)
         return Selection(indices, values, nonfinite)
+
+    def _worth(self, residual: Array, indices: Array, values: Array, k: int) -> int:
+        """How many are worth most, were all others as large as the last of these.
+
+        These go back to the residual where that can not be told: the cost is the
+        user's, and may raise.
+        """
+        n, looked = residual.shape[0], values.shape[0]
+        try:
+            levels = self.cat.levels(values)
+            levels = levels.followed_by(levels.magnitudes[-1], n - looked)
+            return self.best(levels, residual, k)
+        except BaseException:
+            kernels_for(residual).add_at(residual, indices, values)
+            raise
 
     def bounds(self, n: int, k: int) -> tuple[int, int]:
         """The fewest and the most elements that may be chosen."""

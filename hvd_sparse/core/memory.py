@@ -31,9 +31,12 @@ class ErrorFeedback:
 
     def keep(self, name: str, indices: Array, rest: Array) -> None:
         """Add the rounding of the values sent: rest = value - sent."""
-        residual = self.residuals[name]
-        kernels_for(residual).add_at(residual, indices, rest)
+        self._add(name, indices, rest)
 
     def restore(self, name: str, indices: Array, sent: Array) -> None:
         """Undo a sending. Exact: the selection left zeros at these places."""
-        self.keep(name, indices, sent)
+        self._add(name, indices, sent)
+
+    def _add(self, name: str, indices: Array, values: Array) -> None:
+        residual = self.residuals[name]
+        kernels_for(residual).add_at(residual, indices, values)

@@ -265,12 +265,9 @@ class GradientPath:
         flat = _flat(gradient)
         out = flat if in_place and tensor.clears and is_flat(gradient) else None
         selection = self._select(tensor, gradient, flat, out)
-        header = tensor.header
-        payload, sent = encode(selection, header, tensor.payload)
-        if sent is not selection.values:  # rounded on the wire: the rest is not lost
-            self.memory.keep(name, selection.indices, selection.values - sent)
+        payload = self._encode(tensor, selection)
         tensor.payload, tensor.in_flight = payload, True
-        shared = selection.indices if header.layout == VALUES_ONLY else None
+        shared = selection.indices if tensor.header.layout == VALUES_ONLY else None
         flight = Flight(tensor, shared, None, cleared=out is not None)
         try:
             return flight._replace(handle=self.exchange.start(name, payload))
@@ -392,6 +389,18 @@ class GradientPath:
         self._check(tensor, selection)
         tensor.chosen = selection.indices.shape[0]
         return selection
+
+    def _encode(self, tensor: Tensor, selection: Selection) -> Bytes:
+        """Its payload; from here on what was selected is in there, or back again."""
+        indices, values, _ = selection
+        try:
+            payload, sent = encode(selection, tensor.header, tensor.payload)
+            if sent is not values:  # rounded on the wire: the rest is not lost
+                self.memory.keep(tensor.name, indices, values - sent)
+        except BaseException:
+            self.memory.restore(tensor.name, indices, values)
+            raise
+        return payload
 
     def _hand_back_sparse(self, flight: Flight, out: Array) -> None:
         payloads = self._decode(flight)

@@ -22,6 +22,7 @@ from hvd_sparse.advice import Adviser
 from hvd_sparse.broadcast import Broadcast, Described
 from hvd_sparse.core.configuration import describe
 from hvd_sparse.core.contracts import Average, ExchangeError, Op, Sparsifier
+from hvd_sparse.core.interrupts import Uninterrupted
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.mpi import Blob, SparseAllreduce
@@ -139,13 +140,14 @@ class Gradients:
         blobs = {
             n: _pack(arrays[s.values], arrays[s.indices], s) for n, s in slices.items()
         }
-        self.reduce.start(given, outs, blobs)
 
         def unused(outs: Mapping[str, Array]) -> bool:
             rows = (self._rows(n, s, arrays)[0] for n, s in slices.items())
             return skips and not is_finite(chain(outs.values(), rows))
 
-        self.reduce.finish(unused)
+        with Uninterrupted():
+            self.reduce.start(given, outs, blobs)
+            self.reduce.finish(unused)
         results = list(arrays)
         for name, place in dense.items():
             results[place] = outs[name]

@@ -20,6 +20,7 @@ import torch
 
 from hvd_sparse.advice import Adviser
 from hvd_sparse.core.contracts import Average, Op, Sparsifier
+from hvd_sparse.core.interrupts import Uninterrupted
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.scaling import is_finite
 from hvd_sparse.core.traffic import Traffic
@@ -161,7 +162,8 @@ class _Gradients:
             self.watch_backward(held)
             self.turns.begin(held)
         try:
-            return self._exchange(held, loss)
+            with Uninterrupted():  # also between the exchanges of a step
+                return self._exchange(held, loss)
         finally:
             self.turns.end()
 
@@ -230,7 +232,7 @@ class _Gradients:
         """An error on the way into the exchange reaches the peers that wait in it."""
         try:
             yield
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C, too
             self.reduce.report(error)
             raise
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 import pytest
-from doors import AFFINE
+from doors import AFFINE, Interrupted
 from mpi4py import MPI
 
 import hvd_sparse.exchange
@@ -325,13 +325,24 @@ def test_a_step_that_is_thrown_away_leaves_no_trace(sparsifier):
             np.testing.assert_array_equal(after[name]["residual"], saved["residual"])
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=ValueError,
-    reason="only an Exception puts back what was selected, Ctrl-C does not",
-)
-def test_ctrl_c_inside_start_loses_nothing():
-    class Interrupted(Every):
+@pytest.mark.ranks
+def test_ctrl_c_is_raised_when_the_step_is_complete(monkeypatch):
+    monkeypatch.setattr(Interrupted, "calls", 0)
+    given = {name: np.arange(1, 21, dtype=np.float32) for name in "abc"}
+    outs = {name: np.zeros(20, np.float32) for name in given}
+    with SparseAllreduce(Interrupted(0.2), comm=COMM, dense=Never()) as reduce:
+        with pytest.raises(KeyboardInterrupt):
+            reduce.grouped_allreduce(given, outs)
+        assert Interrupted.calls == 3
+        kept = reduce.state_dict()["tensors"]
+        for name, gradient in given.items():
+            np.testing.assert_allclose(outs[name] + kept[name]["residual"], gradient)
+        after = reduce.grouped_allreduce(given)
+        assert same_bits(after)
+
+
+def test_an_interrupt_inside_start_loses_nothing():
+    class Raising(Every):
         shared_indices, calls = False, 0
 
         def select(self, residual, gradient, k, step):
@@ -341,7 +352,7 @@ def test_ctrl_c_inside_start_loses_nothing():
             return super().select(residual, gradient, k, step)
 
     given = {name: np.ones(8, np.float32) for name in "ab"}
-    with SparseAllreduce(Interrupted(0), comm=MPI.COMM_SELF, dense=Never()) as reduce:
+    with SparseAllreduce(Raising(0), comm=MPI.COMM_SELF, dense=Never()) as reduce:
         with pytest.raises(KeyboardInterrupt):
             reduce.grouped_allreduce(given)
         results = reduce.grouped_allreduce(given)

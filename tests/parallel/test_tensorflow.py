@@ -7,7 +7,7 @@ import needs
 import numpy as np
 import pytest
 import tensorflow as tf
-from doors import KERAS_OPTIMIZERS, LOW_DENSITIES, SPARSIFIERS
+from doors import KERAS_OPTIMIZERS, LOW_DENSITIES, SPARSIFIERS, Interrupted
 from mpi4py import MPI
 
 import hvd_sparse.tensorflow as sparse
@@ -661,3 +661,28 @@ def test_a_bad_batch_that_is_thrown_away_leaves_no_trace(graph):
     tape.discard()
     (after,) = tape.state_dict()["tensors"].values()
     np.testing.assert_array_equal(after["residual"], before["residual"])
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("kind", ["eager", "graph"])
+def test_ctrl_c_is_raised_when_the_exchange_is_complete(kind, monkeypatch):
+    monkeypatch.setattr(Interrupted, "calls", 0)
+    variables = [tf.Variable(tf.zeros(20)) for _ in range(3)]
+    gradient = np.arange(1, 21, dtype=np.float32)
+    tape = tape_of(Interrupted(0.2))
+
+    def step():
+        with tape:
+            loss = tf.add_n([tf.reduce_sum(v * gradient) for v in variables])
+        return tape.gradient(loss, variables)
+
+    step = tf.function(step) if kind == "graph" else step
+    with pytest.raises(KeyboardInterrupt):
+        step()
+    before = tape.state_dict()["tensors"].values()
+    after = step()
+    both = zip(before, tape.state_dict()["tensors"].values(), after, strict=True)
+    for kept, left, mean in both:
+        given = np.asarray(kept["residual"]) + gradient
+        np.testing.assert_allclose(mean + np.asarray(left["residual"]), given)
+        assert np.count_nonzero(gradient - np.asarray(kept["residual"])) == 4

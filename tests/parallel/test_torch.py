@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from doors import LOW_DENSITIES, SPARSIFIERS, TORCH_OPTIMIZERS
+from doors import LOW_DENSITIES, SPARSIFIERS, TORCH_OPTIMIZERS, Interrupted
 from laws import same_bits
 from mpi4py import MPI
 from torch import nn
@@ -858,3 +858,26 @@ def test_a_bad_batch_that_is_thrown_away_leaves_no_trace(density):
     total = sum(COMM.allgather(waits.numpy())) / SIZE - weight.detach().numpy()
     expected = 19 * sum(COMM.allgather(good.numpy())) / SIZE
     np.testing.assert_allclose(total, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.ranks
+def test_ctrl_c_is_raised_when_the_exchange_is_complete(monkeypatch):
+    monkeypatch.setattr(Interrupted, "calls", 0)
+    model = nn.ParameterDict({name: nn.Parameter(torch.zeros(20)) for name in "abc"})
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = distribute(optimizer, model, Interrupted(0.2))
+    gradient = torch.arange(1.0, 21.0)
+    for step in range(2):
+        for parameter in model.values():
+            parameter.grad = gradient.clone()
+        if step:
+            optimizer.step()
+            continue
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+        kept = optimizer.residual_state_dict()["tensors"]
+        for name, parameter in model.items():
+            assert not parameter.any()
+            whole = parameter.grad + kept[name]["residual"]
+            torch.testing.assert_close(whole, gradient)
+    assert all(parameter.any() for parameter in model.values())
