@@ -11,15 +11,11 @@ accelerator. Medians; the slowest rank counts. Without an accelerator it says so
 ends.
 """
 
-# this folder goes last: its select.py would hide the standard library's
-import sys
-
-sys.path.append(sys.path.pop(0))
-
 import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path

@@ -10,32 +10,20 @@ last; the same transposed on the root alone, so that each is copied into a buffe
 back; one large tensor; the state of Adam for ResNet-50.
 """
 
-# this folder's select.py hides the standard library's
-import sys
-
-sys.path.pop(0)
-
 import argparse
 import json
 import os
 import statistics
 import time
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import resnet50
 import torch
 from mpi4py import MPI
 
 import hvd_sparse.torch as sparse
 
 COMM = MPI.COMM_WORLD
-
-
-def resnet50_shapes():
-    spec = spec_from_file_location("resnet50", Path(__file__).parent / "resnet50.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.shapes()
 
 
 def tensors(shapes, arranged=lambda tensor: tensor):
@@ -64,7 +52,7 @@ def adam(shapes):
 
 def rows():
     """Per name: what to run, and the tensors that it sends."""
-    shapes = resnet50_shapes()
+    shapes = resnet50.shapes()
     models = {
         "ResNet-50, 161 tensors": tensors(shapes),
         "channels last": tensors(shapes, channels_last),

@@ -16,8 +16,7 @@ trained again. Exits with 1 when a gap is larger than its limit.
 import sys
 from pathlib import Path
 
-# The examples take the place of this folder, whose select.py would hide Python's own.
-sys.path.pop(0)
+# what is trained is in the examples
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import argparse

@@ -15,16 +15,12 @@ cache. The latter is counted in Horovod's timeline, by a run of its own: the thr
 writes the timeline spins, which would change the times.
 """
 
-# this folder goes last: its select.py would hide the standard library's
-import sys
-
-sys.path.append(sys.path.pop(0))
-
 import argparse
 import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter

@@ -8,11 +8,6 @@ while the backward pass goes on. Here both train the same model on the same batc
 turns, in one run; a step is timed from zero_grad to the end of the exchange.
 """
 
-# this folder's select.py hides the standard library's
-import sys
-
-sys.path.pop(0)
-
 import argparse
 import json
 import os

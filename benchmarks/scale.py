@@ -8,11 +8,6 @@ to select nor what a backward pass hides is in it. tests/test_scale.py compares 
 bytes with those that 2 to 16 real ranks count.
 """
 
-# this folder's select.py hides the standard library's
-import sys
-
-sys.path.pop(0)
-
 import argparse
 
 from rich.console import Console

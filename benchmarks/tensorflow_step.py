@@ -12,15 +12,11 @@ residuals. torch.add_, once over the gradient, is what the machine could do at b
 Fails if TensorFlow takes more than 2 times as long as PyTorch.
 """
 
-# this folder's select.py hides the standard library's
-import sys
-
-sys.path.pop(0)
-
 import argparse
 import json
 import os
 import statistics
+import sys
 import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,9 +1,9 @@
 """What selecting costs, as a multiple of torch.add_ on the same tensor in the same run.
 
-    python benchmarks/select.py             # everything, about 4 minutes
-    python benchmarks/select.py --quick     # a tenth of the elements: a check
-    python benchmarks/select.py --cat       # CAT alone, against TopK of as many
-    python benchmarks/select.py --json FILE
+    python benchmarks/selection.py             # everything, about 4 minutes
+    python benchmarks/selection.py --quick     # a tenth of the elements: a check
+    python benchmarks/selection.py --cat       # CAT alone, against TopK of as many
+    python benchmarks/selection.py --json FILE
 
 Every figure is a median over steps in which ours and torch.add_ take turns, on steady
 residuals: under error feedback magnitudes pile up just below the threshold, which fresh
@@ -11,17 +11,13 @@ noise does not show. One thread unless a row says otherwise. The portable rows r
 process that is told the processor is a plain x86-64 (SSE2).
 """
 
-# this folder goes last: this file would hide the standard library's `select`
-import sys
-
-sys.path.append(sys.path.pop(0))
-
 import argparse
 import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 
 os.environ.setdefault("OMPI_MCA_ess_singleton_isolated", "1")
