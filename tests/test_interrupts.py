@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,46 +14,32 @@ def interrupt() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
+def held(*steps: Callable[[], object]) -> None:
+    with Uninterrupted():
+        for step in steps:
+            step()
+
+
 def test_it_is_raised_afterwards() -> None:
-    done = []
-
-    def hold() -> None:
-        with Uninterrupted():
-            interrupt()
-            done.append(1)
-
+    done: list[int] = []
     with pytest.raises(KeyboardInterrupt):
-        hold()
+        held(interrupt, lambda: done.append(1))
     assert done
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_second_one_is_raised_at_once() -> None:
-    done = []
-
-    def hold() -> None:
-        with Uninterrupted():
-            interrupt()
-            interrupt()
-            done.append(1)
-
+    done: list[int] = []
     with pytest.raises(KeyboardInterrupt):
-        hold()
+        held(interrupt, interrupt, lambda: done.append(1))
     assert not done
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_inside_of_another_it_is_raised_after_that() -> None:
-    done = []
-
-    def hold() -> None:
-        with Uninterrupted():
-            with Uninterrupted():
-                interrupt()
-            done.append(1)
-
+    done: list[int] = []
     with pytest.raises(KeyboardInterrupt):
-        hold()
+        held(lambda: held(interrupt), lambda: done.append(1))
     assert done
 
 
@@ -66,12 +53,10 @@ def test_the_next_use_begins_anew() -> None:
 
 def test_an_error_is_not_hidden() -> None:
     def fail() -> None:
-        with Uninterrupted():
-            interrupt()
-            raise ValueError
+        raise ValueError
 
     with pytest.raises(KeyboardInterrupt) as raised:
-        fail()
+        held(interrupt, fail)
     assert isinstance(raised.value.__context__, ValueError)
 
 
