@@ -62,8 +62,10 @@ class Job:
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "TF_CPP_MIN_LOG_LEVEL": "3",  # horovodrun imports TensorFlow
-            # for ranks to meet, too: hosts that share a core start one after the other
-            "HOROVOD_GLOO_TIMEOUT_SECONDS": "20",
+            # for ranks to meet, too: hosts that share a core start one after the other.
+            # Gloo counts the time in which a whole machine stands still, ranks do not:
+            # far more than their deadline, or Horovod's own error comes before it
+            "HOROVOD_GLOO_TIMEOUT_SECONDS": "120",
         }
         environment.pop("OMPI_MCA_ess_singleton_isolated", None)
         with self._output.open("w") as output:
