@@ -129,7 +129,7 @@ class MpiExchange:
     def _forget(self) -> None:
         self._payloads: list[Array] = []
         self._dense: list[Array] = []
-        self._received: list[list[Array]] = []
+        self._starts = self._sizes = np.empty((self.size, 0), np.int64)
         self._sums: list[Array] = []
         self._protocol: Generator[list[Request], None, None] | None = None
         self._what = ""
@@ -146,8 +146,19 @@ class MpiExchange:
         return len(self._payloads) - 1
 
     def finish(self, handle: int) -> Sequence[Array]:
-        """The payloads of all ranks, after `close`."""
-        return self._received[handle]
+        """The payloads of all ranks, after `close_step`."""
+        starts, sizes = self._starts[:, handle], self._sizes[:, handle]
+        data = self._words.view(np.uint8)
+        places = zip(starts.tolist(), sizes.tolist(), strict=True)
+        return [data[start : start + size] for start, size in places]
+
+    def locate(
+        self, handles: Sequence[int], sizes: Array
+    ) -> tuple[Array, Array] | None:
+        """Where payloads of these sizes lie."""
+        if not (self._sizes[:, handles] == sizes).all():
+            return None
+        return self._words.view(np.uint8), self._starts[:, handles]
 
     def start_dense(self, name: str, gradient: Array) -> int:
         """Add a tensor to the dense allreduce of the step; (n,), on host or device."""
@@ -286,7 +297,7 @@ class MpiExchange:
         rounds = zip_longest(self._gather(received, counts), self._reduce(dense))
         for posted in rounds:
             yield [request for request in posted if request is not None]
-        self._received = _unframe(received, counts, len(self._payloads))
+        self._starts, self._sizes = _unframe(received, counts, len(self._payloads))
         self._sums = _as_started(self._dense, dense)
         self.overhead_bytes = STEP_HEADER_BYTES + _WORD * len(self._payloads)
         self.step += 1
@@ -431,20 +442,19 @@ def _frame(sizes: Array, payloads: list[Array], out: Array) -> None:
     np.concatenate([sizes, *(p.view(np.int64) for p in payloads)], out=out)
 
 
-def _unframe(received: Array, counts: list[int], payloads: int) -> list[list[Array]]:
-    """Per payload, its bytes from every rank, as views."""
-    table: list[list[Array]] = [[] for _ in range(payloads)]
+def _unframe(received: Array, counts: list[int], payloads: int) -> tuple[Array, Array]:
+    """(ranks, payloads) int64 each: where payloads begin, and their sizes, in bytes."""
+    starts = np.empty((len(counts), payloads), np.int64)
+    sizes = np.empty_like(starts)
     start = 0
-    for count in counts:
-        sizes = received[start : start + payloads]
-        if payloads > count or int(sizes.sum()) != (count - payloads) * _WORD:
+    for rank, count in enumerate(counts):
+        own = received[start : start + payloads]
+        if payloads > count or int(own.sum()) != (count - payloads) * _WORD:
             raise ExchangeError(f"payload sizes do not add up to {count * _WORD} bytes")
-        data = received[start + payloads : start + count].view(np.uint8)
-        ends = np.cumsum(sizes).tolist()
-        for place, (end, size) in enumerate(zip(ends, sizes.tolist(), strict=True)):
-            table[place].append(data[end - size : end])
+        first = (start + payloads) * _WORD
+        sizes[rank], starts[rank] = own, first + np.cumsum(own) - own
         start += count
-    return table
+    return starts, sizes
 
 
 def _side_by_side(tensors: list[Array], buffers: dict[Any, Array]) -> None:

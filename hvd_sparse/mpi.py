@@ -12,8 +12,9 @@ from hvd_sparse.agreement import Row
 from hvd_sparse.core import costs
 from hvd_sparse.core.contracts import Average, Sparsifier
 from hvd_sparse.core.costs import Measurement
+from hvd_sparse.core.flight import Flight
 from hvd_sparse.core.interrupts import Uninterrupted
-from hvd_sparse.core.path import Flight, GradientPath
+from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.scaling import scale_of
 from hvd_sparse.core.sharing import repeats, sharing
@@ -101,6 +102,7 @@ class SparseAllreduce:
             raise
         self._flights: list[Flight] = []
         self._outs: Mapping[str, Array] = {}
+        self._in_place: set[str] = set()
         self._blobs: dict[str, Blob] = {}
         self._handles: dict[str, int] = {}
         self._under_way = False
@@ -120,12 +122,12 @@ class SparseAllreduce:
     @property
     def sparsifier(self) -> Sparsifier:
         """What decides which elements are sent."""
-        return self._path.sparsifier
+        return self._path.plan.sparsifier
 
     @property
     def is_scaled(self) -> bool:
         """Whether it was given a scaler."""
-        return self._path.is_scaled
+        return self._path.scaling.is_used
 
     @property
     def traffic(self) -> Traffic:
@@ -204,7 +206,7 @@ class SparseAllreduce:
         rows = [_row(flight) for flight in self._flights]
         rows += [(n, b.shape, b.dtype, 0, b.route, 0) for n, b in self._blobs.items()]
         with self._nothing_lost():
-            self._exchange.open(rows, self._path.agreed)
+            self._exchange.open(rows, self._path.plan.agreed)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -231,12 +233,11 @@ class SparseAllreduce:
                 _check_on_host(name, gradient)
             self._path.admit(name, gradient)
         shared = _names_in(sharing(gradients)) if given else frozenset()
-        for name in sorted(gradients):
-            gradient = gradients[name]
-            # it can give way at once, unless it is part of another one
-            in_place = given.get(name) is gradient and name not in shared
-            flight = self._path.send(name, gradient, in_place=in_place)
-            self._flights.append(flight)
+        bucket = {name: gradients[name] for name in sorted(gradients)}
+        # it can give way at once, unless it is part of another one
+        in_place = {n for n, g in bucket.items() if given.get(n) is g} - shared
+        self._flights = self._path.send(bucket, in_place)
+        self._in_place = in_place
         # made last: an array that can not be sent needs no room for its result
         self._outs = out or {
             n: np.empty(g.shape, g.dtype) for n, g in gradients.items()
@@ -253,7 +254,7 @@ class SparseAllreduce:
 
         With `scaler=`, what this step sent is put back, as if one of ours were that.
         """
-        self._path.overflowed = self.is_scaled
+        self._path.scaling.overflowed = self.is_scaled
 
     def report(self, error: BaseException) -> None:
         """Tell the peers that this rank raised and takes no part in this step.
@@ -292,20 +293,18 @@ class SparseAllreduce:
     ) -> dict[str, Array]:
         outs = dict(self._outs)
         with self._nothing_lost():
-            for flight in self._flights:
-                out = outs[flight.tensor.name]
-                target = _contiguous(out)
-                self._path.hand_back(flight, target)
-                if target is not out:
-                    out[...] = target
+            given = [outs[flight.tensor.name] for flight in self._flights]
+            flat = [_contiguous(out) for out in given]
+            self._path.hand_back(self._flights, flat)
+            for out, result in zip(given, flat, strict=True):
+                if result is not out:
+                    out[...] = result
             self.gathered = {
                 n: list(self._exchange.finish(h)) for n, h in self._handles.items()
             }
             if unless(outs):
-                for flight in self._flights:
-                    self._path.recall(flight)
-        for flight in self._flights:  # all have arrived
-            self._path.settle(flight)
+                self._path.recall(self._flights)
+        self._path.settle(self._flights)  # all have arrived
         self._count()
         self._exchange.clear()
         self._flights, self._under_way = [], False
@@ -342,8 +341,11 @@ class SparseAllreduce:
             raise
 
     def _recall(self) -> None:
+        self._path.recall(self._flights)
         for flight in self._flights:
-            self._path.recall(flight)
+            name = flight.tensor.name
+            if name in self._in_place and not flight.tensor.dense:
+                self._outs[name][...] = 0  # it is in the residual
         self._flights, self._under_way = [], False
         self._exchange.clear()
 

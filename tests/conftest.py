@@ -91,7 +91,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduling(config, log)
 
 
-KERNELS_ARE_LOOKED_UP_IN = ("adaptive", "memory", "path", "sparsifiers", "stochastic")
+KERNELS_ARE_LOOKED_UP_IN = (
+    "adaptive",
+    "memory",
+    "inbound",
+    "residuals",
+    "sparsifiers",
+    "stochastic",
+)
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ from hvd_sparse import (
     Threshold,
     TopK,
 )
-from hvd_sparse.core.path import Flight, GradientPath
+from hvd_sparse.core.flight import Flight
+from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.payload import SIGNS, VALUES_ONLY, decode
 from hvd_sparse.kernels import host, reference
 
@@ -290,6 +291,21 @@ class Loopback:
         name, place = handle
         return [wire[name][place] for wire in self.wires]
 
+    def locate(
+        self, handles: Sequence[tuple[str, int]], sizes: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        sent = [
+            payload
+            for payloads in zip(*map(self.finish, handles), strict=True)
+            for payload in payloads
+        ]
+        found = np.array([payload.size for payload in sent]).reshape(self.size, -1)
+        if not (found == sizes).all():
+            return None
+        starts = np.cumsum(found) - found.reshape(-1)
+        words = np.concatenate([payload.view(np.int64) for payload in sent])
+        return words.view(np.uint8), starts.reshape(found.shape)
+
     def start_dense(self, name: str, gradient: Any) -> tuple[str, int]:
         return self.start(name, np.array(as_numpy(gradient)))
 
@@ -306,6 +322,20 @@ def loopback(size: int) -> list[Loopback]:
     """The ends of N ranks: all send, then all receive."""
     wires: list[dict[str, list[Any]]] = [{} for _ in range(size)]
     return [Loopback(rank, wires) for rank in range(size)]
+
+
+def send(
+    path: GradientPath, gradient: Any, name: str = "w", *, in_place: Sequence[str] = ()
+) -> Flight:
+    """A bucket of one."""
+    [flight] = path.send({name: gradient}, in_place)
+    return flight
+
+
+def receive(path: GradientPath, flight: Flight, out: Any) -> Any:
+    """The same on its way back; returns out."""
+    path.receive([flight], [out])
+    return out
 
 
 class Ranks:
@@ -331,20 +361,20 @@ class Ranks:
     def step(self, gradients: Sequence[Any], name: str = "w") -> list[np.ndarray]:
         """One exchange; what each rank hands back, in memory that held other things."""
         sends = zip(self.paths, gradients, strict=True)
-        flights = [path.send(name, gradient) for path, gradient in sends]
+        flights = [send(path, gradient, name) for path, gradient in sends]
         self.sent = list(map(on_the_wire, self.paths, flights))
         outs = [_used_memory(gradient) for gradient in gradients]
         for path, flight, out in zip(self.paths, flights, outs, strict=True):
-            assert path.receive(flight, out) is out
+            path.receive([flight], [out])
             path.traffic.steps += 1
         return [as_numpy(out) for out in outs]
 
     def step_in_place(self, gradients: Sequence[Any], name: str = "w") -> list[Any]:
         """One exchange whose results take the place of the gradients."""
         sends = zip(self.paths, gradients, strict=True)
-        flights = [path.send(name, g, in_place=True) for path, g in sends]
+        flights = [send(path, g, name, in_place=[name]) for path, g in sends]
         for path, flight, gradient in zip(self.paths, flights, gradients, strict=True):
-            path.receive(flight, gradient)
+            path.receive([flight], [gradient])
             path.traffic.steps += 1
         return [as_numpy(gradient) for gradient in gradients]
 

@@ -374,7 +374,9 @@ def test_where_dense_is_cheaper_no_more_is_chosen_than_that() -> None:
     ranks = Ranks(4, CAT(TopK(), Affine(1.0, 1e6)), dense=WhenCheaper())
     ranks.step([total] * 4)
     assert {t.route for t in ranks.paths[0].traffic.tensors.values()} == {"sparse"}
-    assert ranks.sent[0].indices.size == ranks.paths[0].tensors["w"].header.k < 10_000
+    assert (
+        ranks.sent[0].indices.size == ranks.paths[0].plan.tensors["w"].header.k < 10_000
+    )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=repr)

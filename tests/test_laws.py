@@ -28,8 +28,10 @@ from laws import (
     loopback,
     on_device,
     on_the_wire,
+    receive,
     rounds,
     same_bits,
+    send,
     shares,
     wide,
 )
@@ -79,7 +81,7 @@ def same_but_for_rounding(
 def assert_kept(ranks: Ranks, rank: int, expected: np.ndarray) -> None:
     """What was sent is back in the residual."""
     found = ranks.residuals()[rank]
-    if rounds(ranks.paths[rank].sparsifier):
+    if rounds(ranks.paths[rank].plan.sparsifier):
         same_but_for_rounding(found, expected, ranks.sent[rank])
     else:
         same_bits(found, expected)
@@ -122,7 +124,7 @@ def test_nothing_is_lost(
             assert values.dtype == after[rank].dtype == wide(dtype)
             expected = accumulated(before[rank], gradients[rank])
             total = after[rank].copy()
-            if rounds(ranks.paths[0].sparsifier):
+            if rounds(ranks.paths[0].plan.sparsifier):
                 total[indices] += values
                 same_but_for_rounding(total, expected, ranks.sent[rank])
             else:
@@ -324,7 +326,7 @@ def test_every_rank_decides_alike(
     ranks = Ranks(size, any_sparsify(share), dense=dense)
     for step in range(2):
         ranks.step([kind.make(dtype, step, rank) for rank in range(size)])
-        tensors = [path.tensors["w"] for path in ranks.paths]
+        tensors = [path.plan.tensors["w"] for path in ranks.paths]
         assert len({(tensor.header, tensor.route) for tensor in tensors}) == 1
         assert tensors[0].header.step == step + 1
 
@@ -367,11 +369,11 @@ def test_the_step_travels_and_disagreement_is_an_error(
     ahead = ranks.paths[1].state_dict()
     ahead["tensors"]["w"]["step"] = 5
     ranks.paths[1].load_state_dict(ahead)
-    flights = [p.send("w", g) for p, g in zip(ranks.paths, gradients, strict=True)]
+    flights = [send(p, g) for p, g in zip(ranks.paths, gradients, strict=True)]
     with pytest.raises(PayloadError, match=r"^w: rank 1: step 5, expected 1$"):
-        ranks.paths[0].receive(flights[0], gradients[0])
+        receive(ranks.paths[0], flights[0], gradients[0])
     with pytest.raises(PayloadError, match=r"^w: rank 0: step 1, expected 5$"):
-        ranks.paths[1].receive(flights[1], gradients[1])
+        receive(ranks.paths[1], flights[1], gradients[1])
 
 
 # ------------------------------------------------------------------ 6: not finite
@@ -535,7 +537,7 @@ def test_a_state_of_before_numbers_were_chosen_is_read() -> None:
     resumed = Ranks(1, TopK(density=0.1))
     resumed.paths[0].load_state_dict(state)
     resumed.step([np.ones(20, np.float32)])
-    assert resumed.paths[0].tensors["w"].header.step == 2
+    assert resumed.paths[0].plan.tensors["w"].header.step == 2
 
 
 class Every:
@@ -574,13 +576,13 @@ def test_a_state_of_the_middle_of_a_step_has_what_is_on_its_way(
 ) -> None:
     path = Ranks(1, with_residual(0.2)).paths[0]
     gradient = Kind((4, 5), "normal", "contiguous", 3).make(dtype, 0)
-    flight = path.send("w", kernels.array(gradient))
+    flight = send(path, kernels.array(gradient))
     saved = path.state_dict()["tensors"]["w"]
     np.testing.assert_allclose(
         as_numpy(saved["residual"]), gradient.astype(wide(dtype)), rtol=1e-6
     )
     assert saved["step"] == 0
-    path.recall(flight)  # as when the exchange fails
+    path.recall([flight])  # as when the exchange fails
     same_bits(path.memory.residuals["w"].reshape(4, 5), saved["residual"])
 
 
@@ -591,11 +593,11 @@ def test_a_state_after_a_gradient_that_was_not_finite_changes_nothing(
     good = Kind((4, 5), "normal", "contiguous", 3).make(np.dtype(np.float32), 0)
     begun = [(name, ranks.paths[0]) for name in ("bad", "w")]
     flights = [
-        path.send(name, kernels.array(good * (np.nan if name == "bad" else 1)))
+        send(path, kernels.array(good * (np.nan if name == "bad" else 1)), name)
         for name, path in begun
     ]
     for flight in flights:
-        ranks.paths[0].receive(flight, kernels.array(good.copy()))
+        receive(ranks.paths[0], flight, kernels.array(good.copy()))
     ranks.step([kernels.array(good)])
     before = ranks.residuals()[0]
     state = ranks.paths[0].state_dict()
@@ -733,7 +735,7 @@ def test_a_gradient_that_is_not_floating_is_refused_by_name(kind: str) -> None:
     with pytest.raises(
         TypeError, match=f"^w: gradient must be one of float16, .*, got {kind}$"
     ):
-        path.send("w", np.ones(3).astype(kind))
+        send(path, np.ones(3).astype(kind))
 
 
 def test_a_gradient_that_changed_shape_or_dtype_is_refused_by_name(
@@ -749,7 +751,7 @@ def test_a_gradient_that_changed_shape_or_dtype_is_refused_by_name(
             ValueError,
             match=rf"^w: gradient has shape {found}, expected \(2, 3\) and float32",
         ):
-            ranks.paths[0].send("w", kernels.array(other))
+            send(ranks.paths[0], kernels.array(other))
 
 
 def test_a_tensor_too_large_for_int32_indices_is_refused_by_name() -> None:
@@ -757,7 +759,7 @@ def test_a_tensor_too_large_for_int32_indices_is_refused_by_name() -> None:
     gradient = np.broadcast_to(np.float32(0), (2, 2**30))
     path = Ranks(1, TopK()).paths[0]
     with pytest.raises(ValueError, match=r"^w: gradient .* 2\*\*31 - 1 .* 2147483648"):
-        path.send("w", gradient)
+        send(path, gradient)
 
 
 @pytest.mark.parametrize("sparsifier", [TopK, None, "TopK", 0.1, object()])
@@ -798,11 +800,11 @@ def test_a_peer_with_another_tensor_is_an_error_on_every_rank(
 ) -> None:
     ranks = Ranks(3, TopK(density=0.5))
     gradients = [mine, theirs, mine]
-    flights = [p.send("w", g) for p, g in zip(ranks.paths, gradients, strict=True)]
+    flights = [send(p, g) for p, g in zip(ranks.paths, gradients, strict=True)]
     for path, flight, gradient in zip(ranks.paths, flights, gradients, strict=True):
         found = message if path.exchange.rank != 1 else "w: rank 0: "
         with pytest.raises(PayloadError, match=found):
-            path.receive(flight, np.empty_like(gradient))
+            receive(path, flight, np.empty_like(gradient))
 
 
 @pytest.mark.parametrize(
@@ -814,13 +816,13 @@ def test_a_peer_with_another_configuration_is_an_error_on_every_rank(
     other: Any,
 ) -> None:
     ranks = Ranks(2, TopK(density=0.5))
-    ranks.paths[1].sparsifier = other
+    ranks.paths[1].plan.sparsifier = other
     gradient = np.ones(8, np.float32)
-    flights = [path.send("w", gradient) for path in ranks.paths]
+    flights = [send(path, gradient) for path in ranks.paths]
     for path, flight in zip(ranks.paths, flights, strict=True):
         peer = 1 - path.exchange.rank
         with pytest.raises(PayloadError, match=f"^w: rank {peer}: .*digest"):
-            path.receive(flight, gradient)
+            receive(path, flight, gradient)
 
 
 def test_a_recalled_sending_leaves_nothing_lost(
@@ -831,9 +833,9 @@ def test_a_recalled_sending_leaves_nothing_lost(
     ranks.step([kernels.array(kind.make(dtype, 0))])
     before = ranks.residuals()[0]
     path, gradient = ranks.paths[0], kind.make(dtype, 1)
-    flight = path.send("w", kernels.array(gradient))
+    flight = send(path, kernels.array(gradient))
     ranks.sent = [on_the_wire(path, flight)]
-    path.recall(flight)
+    path.recall([flight])
     assert_kept(ranks, 0, accumulated(before, gradient))
 
 
@@ -870,9 +872,9 @@ def test_an_error_between_selection_and_exchange_loses_nothing(
     gradient = np.arange(1, 21, dtype=np.float32)
     with monkeypatch.context() as patch:
         if stage == "encode":
-            patch.setattr("hvd_sparse.core.path.encode", fail)
+            patch.setattr("hvd_sparse.core.outbound.encode", fail)
         with pytest.raises(MemoryError):
-            path.send("w", gradient)
+            send(path, gradient)
     np.testing.assert_array_equal(path.memory.residuals["w"], gradient)
 
 
@@ -891,5 +893,5 @@ def test_a_cost_that_raises_loses_nothing(scheme: Any) -> None:
     path = Ranks(1, CAT(scheme, Priceless())).paths[0]
     gradient = np.arange(1, 21, dtype=np.float32)
     with pytest.raises(ZeroDivisionError):
-        path.send("w", gradient)
+        send(path, gradient)
     np.testing.assert_array_equal(path.memory.residuals["w"], gradient)

@@ -74,7 +74,7 @@ def test_the_route_follows_from_facts_all_ranks_share(
     ranks = Ranks(size, sparsifier, dense=WhenCheaper())
     ranks.step([np.ones(shape, np.float32)] * size)
     for path in ranks.paths:
-        assert path.tensors["w"].route == route
+        assert path.plan.tensors["w"].route == route
         assert path.traffic.tensors["w"].route == route
 
 

@@ -6,9 +6,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from laws import Kernels, Kind, Ranks, as_numpy, same_bits, wide
+from laws import (
+    Kernels,
+    Kind,
+    Ranks,
+    as_numpy,
+    loopback,
+    receive,
+    same_bits,
+    send,
+    wide,
+)
 
 from hvd_sparse import Never, PayloadError, SignTopK, Threshold, TopK, WhenCheaper
+from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.scaling import is_finite, overflows, ratio, scale_of
 
 SCALES = [1024.0, 1024.0, 512.0, 2048.0, 2.0, 2.0**20]
@@ -61,13 +72,13 @@ def both_steps(ranks: Ranks, bad: Sequence[float], good: np.ndarray, k: Kernels)
     """One step of two tensors; of the first one the ranks give such a number each."""
     begin(ranks)
     flights = [
-        (p.send("bad", k.array(np.full(9, b, good.dtype))), p.send("w", k.array(good)))
+        (send(p, k.array(np.full(9, b, good.dtype)), "bad"), send(p, k.array(good)))
         for p, b in zip(ranks.paths, bad, strict=True)
     ]
     outs = []
     for path, pair in zip(ranks.paths, flights, strict=True):
         for flight, like in zip(pair, (np.zeros(9, good.dtype), good), strict=True):
-            outs.append(path.receive(flight, k.array(like.copy())))
+            outs.append(receive(path, flight, k.array(like.copy())))
     return outs
 
 
@@ -82,16 +93,16 @@ def test_a_step_that_overflows_is_put_back_by_all(
     outs = both_steps(ranks, bad, good, kernels)
     assert not np.isfinite(as_numpy(outs[0])).all()
     for path in ranks.paths:
-        assert path.overflowed
+        assert path.scaling.overflowed
         state = path.state_dict()["tensors"]["w"]  # already in a checkpoint
-        if path.tensors["w"].dense:
+        if path.plan.tensors["w"].dense:
             assert state["residual"] is None
             continue
         np.testing.assert_allclose(as_numpy(state["residual"]), good, rtol=1e-5)
     begin(ranks)
     begin(ranks)  # nothing is put back twice
     for path in ranks.paths:
-        if not path.tensors["w"].dense:
+        if not path.plan.tensors["w"].dense:
             kept = as_numpy(path.memory.residuals["w"])
             np.testing.assert_allclose(kept, good, rtol=1e-5)
 
@@ -100,7 +111,7 @@ def test_a_step_that_is_finite_is_not_put_back(kernels: Kernels) -> None:
     ranks = Ranks(2, TopK(0.2), loss_scale=Scaler())
     good = np.arange(1, 201, dtype=np.float32)
     both_steps(ranks, [1.0, 2.0], good, kernels)
-    assert not ranks.paths[0].overflowed
+    assert not ranks.paths[0].scaling.overflowed
     begin(ranks)
     assert np.count_nonzero(ranks.residuals()[0]) == 160
 
@@ -171,13 +182,17 @@ def test_what_is_no_scaler_is_refused(scaler: Any) -> None:
 
 
 def test_a_peer_with_another_scale_is_an_error_on_every_rank() -> None:
-    ranks = Ranks(2, TopK(0.5), loss_scale=Scaler(2.0))
-    ranks.paths[1]._loss_scale = Scaler(4.0)
-    begin(ranks)
-    flights = [path.send("w", np.ones(4, np.float32)) for path in ranks.paths]
-    for path, flight in zip(ranks.paths, flights, strict=True):
+    scales = (Scaler(2.0), Scaler(4.0))
+    paths = [
+        GradientPath(TopK(0.5), end, dense=Never(), loss_scale=scale)
+        for end, scale in zip(loopback(2), scales, strict=True)
+    ]
+    for path in paths:
+        path.begin()
+    flights = [send(path, np.ones(4, np.float32)) for path in paths]
+    for path, flight in zip(paths, flights, strict=True):
         with pytest.raises(PayloadError, match="w: rank"):
-            path.receive(flight, np.ones(4, np.float32))
+            receive(path, flight, np.ones(4, np.float32))
 
 
 # ---------------------------------------------------------------------------- states
@@ -254,6 +269,6 @@ def test_signs_are_put_back_with_what_rounding_kept() -> None:
     begin(ranks)
     gradient = np.arange(1, 9, dtype=np.float32)
     ranks.step([gradient])
-    ranks.paths[0].overflowed = True
+    ranks.paths[0].scaling.overflowed = True
     begin(ranks)
     np.testing.assert_allclose(ranks.residuals()[0], gradient)

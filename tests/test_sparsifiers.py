@@ -216,7 +216,7 @@ def test_where_too_many_reach_it_the_largest_go_and_the_rest_waits(
     ranks = Ranks(size, Threshold(value=value), dense=WhenCheaper())
     gradient = kind.make(dtype)
     ranks.step([kernels.array(gradient)] * size)
-    tensor = ranks.paths[0].tensors["w"]
+    tensor = ranks.paths[0].plan.tensors["w"]
     assert tensor.route == "sparse"
     limit = tensor.header.k
     assert 0 < limit < n

@@ -78,6 +78,10 @@ class Memory(Protocol):
         """The (n,) residual of this tensor, zeros at first; selectors write into it."""
         ...
 
+    def accumulate(self, name: str, gradient: Array) -> None:
+        """Add a gradient of which nothing is sent; elements not finite stay out."""
+        ...
+
     def keep(self, name: str, indices: Array, rest: Array) -> None:
         """Add to the residual what rounding took from the values sent."""
         ...
@@ -118,6 +122,22 @@ class Exchange(Protocol):
 
     def finish(self, handle: Any) -> Sequence[Array]:
         """The payloads of all ranks, rank 0 first; empty of one that was missing."""
+        ...
+
+    def locate(
+        self, handles: Sequence[Any], sizes: Array
+    ) -> tuple[Array, Array] | None:
+        """Where payloads lie, for kernels that take many of them in one call.
+
+        Args:
+            handles: of payloads that have this size on every rank.
+            sizes: (payloads,) int64, in bytes.
+
+        Returns:
+            A buffer of uint8 at an address that is a multiple of 8, and (ranks,
+            payloads) int64: where in it each payload begins. None where they do not lie
+            in one, or have other sizes: `finish` gives them one by one.
+        """
         ...
 
     def start_dense(self, name: str, gradient: Array) -> Any:
@@ -195,6 +215,10 @@ class Kernels(Protocol):
         self, residual: Array, gradient: Array, rate: float, seed: int
     ) -> tuple[Array, Array, int]:
         """Each entry c with p = min(1, rate |c|), as c / p; residual becomes 0."""
+        ...
+
+    def accumulate(self, residual: Array, gradient: Array) -> None:
+        """Overwrites residual with residual + gradient where that is finite."""
         ...
 
     def add_at(self, residual: Array, indices: Array, values: Array) -> None:

@@ -29,6 +29,11 @@ class ErrorFeedback:
             residual = self.residuals[name] = kernels_for(gradient).zeros_like(gradient)
         return residual
 
+    def accumulate(self, name: str, gradient: Array) -> None:
+        """r' = r + g where that is finite: nothing is sent; (n,) contiguous."""
+        residual = self.residual(name, gradient)
+        kernels_for(gradient).accumulate(residual, gradient)
+
     def keep(self, name: str, indices: Array, rest: Array) -> None:
         """Add the rounding of the values sent: rest = value - sent."""
         self._add(name, indices, rest)

@@ -48,6 +48,7 @@ _HEADER = Struct("<4sBBBBiiqQ")
 _NONFINITE = 1
 _FLAGS_AT = 7
 _STEP_AT = 16
+_HEADER_AT = np.arange(HEADER_BYTES)
 _INDEX: Any = np.dtype("<i4")
 _VALUES: dict[int, Any] = {4: np.dtype("<f4"), 8: np.dtype("<f8")}
 _SIGN = np.uint32(1 << 31)
@@ -223,19 +224,17 @@ def _packed(header: Header) -> bytes:
 
 
 class Message:
-    """Payloads of layout 1 side by side; all but their steps is the same every time."""
+    """Payloads of layout 1; all but their steps is the same every time."""
 
     def __init__(self, headers: Sequence[Header]) -> None:
         """Of these tensors, in this order; the steps of the headers do not matter."""
         ks = np.array([header.k for header in headers])
         wide = np.array([value_bytes(header.dtype) for header in headers])
-        sizes = HEADER_BYTES + -(-ks * (wide + 4) // 8) * 8
-        bounds = np.concatenate([[0], np.cumsum(sizes)])
-        values = bounds[:-1] + HEADER_BYTES
-        # (payloads, 3) int64: offsets of indices and of values, and k
+        self.sizes = HEADER_BYTES + -(-ks * (wide + 4) // 8) * 8  # (payloads,) bytes
+        # (payloads, 3) int64: where indices and values begin in a payload, and k
+        values = np.full_like(ks, HEADER_BYTES)
         self._places = np.stack([values + ks * wide, values, ks], axis=1)
-        self._bounds: list[int] = bounds.tolist()
-        self._at = bounds[:-1, None] + np.arange(HEADER_BYTES)  # bytes of headers
+        self._bounds = np.concatenate([[0], np.cumsum(self.sizes)])
         packed = bytearray(b"".join(map(_packed, headers)))
         self._headers = np.frombuffer(packed, np.uint8).reshape(-1, HEADER_BYTES)
         self._steps = self._headers[:, _STEP_AT : _STEP_AT + 8].view("<i8")[:, 0]
@@ -253,32 +252,31 @@ class Message:
         """
         buffer = np.zeros(self._bounds[-1], np.uint8)
         self._steps[:] = steps
-        buffer[self._at] = self._headers
+        buffer[self._bounds[:-1, None] + _HEADER_AT] = self._headers
         table = self._places.copy()
-        table[:, :2] += address(buffer)
-        return [buffer[i:j] for i, j in pairwise(self._bounds)], table
+        table[:, :2] += (self._bounds[:-1] + address(buffer))[:, None]
+        ends = self._bounds.tolist()
+        return [buffer[i:j] for i, j in pairwise(ends)], table
 
-    def locate(self, buffer: Bytes, steps: Sequence[int], ranks: int) -> Array | None:
+    def find_entries(
+        self, buffer: Bytes, starts: Array, steps: Sequence[int]
+    ) -> Array | None:
         """Where the entries lie in what all ranks sent.
 
         Args:
-            buffer: of each rank, the payloads of this message.
+            buffer: at an address that is a multiple of 8.
+            starts: (ranks, payloads) int64: where each begins, with all its `sizes`.
             steps: as for `lay_out`.
-            ranks: how many.
 
         Returns:
             (payloads, ranks, 3) int64: addresses of indices and of values, and k. None
             unless every header is just as expected: `decode` says what is the matter.
         """
-        size = self._bounds[-1]
-        if buffer.size != ranks * size:
-            return None
         self._steps[:] = steps
-        own = buffer.reshape(ranks, size)
-        if not (own[:, self._at] == self._headers).all():
+        if not (buffer[starts[..., None] + _HEADER_AT] == self._headers).all():
             return None
-        table = np.repeat(self._places[:, None], ranks, axis=1)
-        table[..., :2] += (address(buffer) + size * np.arange(ranks))[:, None]
+        table = np.repeat(self._places[:, None], len(starts), axis=1)
+        table[..., :2] += (starts.T + address(buffer))[..., None]
         return table
 
 

@@ -12,7 +12,87 @@ from typing import Any
 
 import numpy as np
 
-from hvd_sparse.core.contracts import Array
+from hvd_sparse.core.contracts import Array, Memory
+from hvd_sparse.core.flight import last_sent
+from hvd_sparse.core.payload import step_of
+from hvd_sparse.core.plan import Plan
+
+
+class LossScale:
+    """The number that gradients of a path are multiplied with, if they are.
+
+    Attributes:
+        overflowed: a result of this step was not finite.
+    """
+
+    def __init__(
+        self, ask: Callable[[], float] | None, plan: Plan, memory: Memory
+    ) -> None:
+        """Args: ask: tells the one of the step to come; None where there is none."""
+        self.overflowed = False
+        self._ask = ask
+        self._plan = plan
+        self._memory = memory
+
+    @property
+    def is_used(self) -> bool:
+        """Whether gradients are multiplied."""
+        return self._ask is not None
+
+    def begin(self, waiting: dict[str, dict[str, Any]]) -> None:
+        """A step begins: bring all that waits to its scale.
+
+        Args:
+            waiting: per name, what was loaded and not used yet.
+
+        Raises:
+            ValueError: the scale changed by something else than a power of two.
+        """
+        if self._ask is None:
+            return
+        self.put_back()
+        self.overflowed = False
+        for tensor in self._plan.tensors.values():
+            tensor.delivered = False
+        scale = self._ask()
+        if scale != self._plan.loss_scale:
+            self._follow(scale, waiting)
+
+    def _follow(self, scale: float, waiting: dict[str, dict[str, Any]]) -> None:
+        factor = ratio(scale, self._plan.loss_scale or scale)
+        multiply(self._memory.residuals, factor)
+        for saved in waiting.values():
+            if saved["residual"] is not None:
+                saved["residual"] = saved["residual"] * factor
+        self._plan.follow(scale)
+
+    def put_back(self) -> None:
+        """Where a result overflowed nobody applies the step: all keep what they sent.
+
+        Of a tensor that is flagged the path does so at once; others were delivered.
+        """
+        if not self.overflowed:
+            return
+        for tensor in self._plan.tensors.values():
+            if tensor.delivered:
+                assert tensor.payload is not None
+                header = tensor.header._replace(step=step_of(tensor.payload))
+                sent = last_sent(tensor, header)
+                self._memory.restore(tensor.name, sent.indices, sent.values)
+                tensor.delivered = False
+
+    def look_at(self, out: Array, values: list[Array] | None = None) -> None:
+        """Note whether a result overflowed.
+
+        Args:
+            out: the result.
+            values: what it is the scaled sum of; None where that is not known.
+        """
+        if not self.is_used:
+            return
+        possible = values is None or overflows(values, self._plan.scale, out)
+        if possible and not is_finite(out):
+            self.overflowed = True
 
 
 def scale_of(scaler: Any) -> Callable[[], float] | None:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from hvd_sparse.core.plan import Tensor
+
 
 @dataclass
 class TensorTraffic:
@@ -43,6 +45,14 @@ class Traffic:
         if name not in self.tensors:
             self.tensors[name] = TensorTraffic(route)
         return self.tensors[name]
+
+    def count(self, tensor: Tensor, elements: int, sent: int, received: int) -> None:
+        """Add what one exchange of a tensor moved: elements sent, and bytes."""
+        counters = self.tensor(tensor.name, tensor.route)
+        counters.sent_bytes += sent
+        counters.sent_elements += elements
+        counters.received_bytes += received
+        counters.dense_bytes += tensor.header.n * tensor.itemsize
 
     @property
     def sent_bytes(self) -> int:

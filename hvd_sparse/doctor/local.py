@@ -55,6 +55,9 @@ class Echo:
         """As often as there are ranks."""
         return [handle] * self.size
 
+    def locate(self, handles: Sequence[Array], sizes: Array) -> None:
+        """Each by itself."""
+
     def start_dense(self, name: str, gradient: Array) -> Any:
         """Not called: such tensors are left out."""
         raise NotImplementedError
@@ -73,11 +76,11 @@ def measure_local(sizes: Sequence[int], density: float, ranks: int) -> Local:
     exchange = Echo(ranks)
     path = GradientPath(TopK(density=density), exchange)
     named = {f"tensor {i}": size for i, size in enumerate(sizes)}
-    dense = {n for n, s in named.items() if path.goes_dense(n, _like(s))}
+    dense = {n for n, s in named.items() if path.plan.goes_dense(n, _like(s))}
     sparse = {name: size for name, size in named.items() if name not in dense}
     share = min(1.0, MOST_ELEMENTS / max(1, sum(sparse.values())))
     tried = {n: max(1, round(share * size)) for n, size in sparse.items()}
-    path.always_sparse.update(tried)
+    path.plan.always_sparse.update(tried)
     times = [_step(path, tried, step) for step in range(STEPS)]
     return Local(
         statistics.median(times[1:]) / share if sparse else 0.0,
@@ -96,7 +99,6 @@ def _step(path: GradientPath, sizes: dict[str, int], step: int) -> float:
     noise = generator.standard_normal(1 << 16, np.float32)
     gradients = {name: np.resize(noise, size) for name, size in sizes.items()}
     start = time.perf_counter()
-    flights = {n: path.send(n, g, in_place=True) for n, g in gradients.items()}
-    for name, flight in flights.items():
-        path.receive(flight, gradients[name])
+    flights = path.send(gradients, in_place=gradients)
+    path.receive(flights, list(gradients.values()))
     return time.perf_counter() - start

@@ -165,6 +165,11 @@ def _signed(word: int) -> int:
     return (word & (2**64 - 1)) - ((word >> 63 & 1) << 64)
 
 
+def accumulate(residual: Tensor, gradient: Tensor) -> None:
+    """Overwrites residual with residual + gradient where that is finite."""
+    _accumulate(residual, gradient, None)
+
+
 def add_at(residual: Tensor, indices: Tensor, values: Tensor) -> None:
     """Overwrites residual[indices] with residual[indices] + values.
 

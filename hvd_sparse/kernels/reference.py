@@ -138,6 +138,11 @@ def _uniform(n: int, seed: int) -> Array:
     return uniform
 
 
+def accumulate(residual: Array, gradient: Array) -> None:
+    """Overwrites residual with residual + gradient where that is finite."""
+    _accumulate(residual, gradient, None)
+
+
 def add_at(residual: Array, indices: Array, values: Array) -> None:
     """Overwrites residual[indices] with residual[indices] + values.
 

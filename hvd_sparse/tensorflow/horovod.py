@@ -40,9 +40,10 @@ from hvd_sparse.core.contracts import (
     PayloadError,
     Sparsifier,
 )
-from hvd_sparse.core.path import Flight, GradientPath
-from hvd_sparse.core.path import Tensor as Admitted
+from hvd_sparse.core.flight import Flight
+from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.payload import padded_bytes, split
+from hvd_sparse.core.plan import Tensor as Admitted
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.tensorflow.advice import advise
@@ -202,7 +203,7 @@ class SparseCompressor:
 
     def __repr__(self) -> str:
         """What was chosen."""
-        return f"SparseCompressor({self._path.configuration})"
+        return f"SparseCompressor({self._path.plan.configuration})"
 
     def __hash__(self) -> int:
         """By identity and by the optimizer that is made with it, if one is.
@@ -239,7 +240,7 @@ class SparseCompressor:
         if unknown:
             # as sparse_as_dense makes them: the running graph knows, when it is too
             # late to choose Horovod's own allreduce
-            self._path.always_sparse.add(name)
+            self._path.plan.always_sparse.add(name)
         elif (admitted := self._admit(name, tensor)).dense:
             self._goes_dense(admitted, sources, tensor, call)
             return tensor, None
@@ -283,7 +284,7 @@ class SparseCompressor:
             for place in dense:
                 if (tensor := self._dense.get(names[place])) is not None:
                     size = tensor.header.n * tensor.itemsize
-                    self._path.count(tensor, tensor.header.n, size, size)
+                    self.traffic.count(tensor, tensor.header.n, size, size)
             return np.array([self._number(name) for name in names], np.int64)
 
     def _send(self, unknown: bool, number: Any, gradient: Array) -> Array:
@@ -291,12 +292,12 @@ class SparseCompressor:
         with self._lock:
             name = self._named(number)
             if unknown:
-                self._path.always_sparse.add(name)
+                self._path.plan.always_sparse.add(name)
             tensor = self._path.admit(name, gradient)
             if tensor.in_flight:  # its result was never asked for
-                self._path.recall(self._flights[name])
+                self._path.recall([self._flights[name]])
             self._watchdog.sent(name, tensor.header.step)
-            self._flights[name] = self._path.send(name, gradient)
+            [self._flights[name]] = self._path.send({name: gradient})
             return self._exchange.outgoing(name)
 
     def _receive(self, number: Any, gathered: Array) -> Array:
@@ -306,9 +307,9 @@ class SparseCompressor:
             self._exchange.deliver(name, gathered)
             out = self._outs.take(name, flight.tensor.shape, flight.tensor.array_dtype)
             try:
-                self._path.receive(flight, out)
+                self._path.receive([flight], [out])
             except BaseException as error:
-                self._path.recall(flight)
+                self._path.recall([flight])
                 self._watchdog.forget()  # the rest of the graph will not run
                 if self._watchdog.gave_up:
                     raise ExchangeError(self._watchdog.gave_up) from error
@@ -400,7 +401,7 @@ class SparseCompressor:
 
     def _forget(self) -> None:
         for name in self._names.gone():
-            tensor = self._path.tensors.get(name)
+            tensor = self._path.plan.tensors.get(name)
             if tensor is not None and tensor.in_flight:
                 continue
             self._path.forget(name)
@@ -422,11 +423,11 @@ class SparseCompressor:
                 "op=Adasum is not supported: it combines weights, not gradients; use "
                 "op=hvd.Average or hvd.Sum"
             )
-        if op is not None and op != self._path.op:
+        if op is not None and op != self._path.plan.op:
             theirs = Op(op).name if op in (0, 1) else op
             raise ValueError(
                 f"op must be that of the optimizer, {theirs}, got "
-                f"{self._path.op.name}: SparseCompressor(..., op=...)"
+                f"{self._path.plan.op.name}: SparseCompressor(..., op=...)"
             )
         theirs = call.get("process_set")
         if theirs is not None and theirs is not self._group():
@@ -520,6 +521,9 @@ class _GraphExchange:
         if len(payloads) != self.size:
             raise PayloadError(f"{len(payloads)} payloads, expected {self.size}")
         return payloads
+
+    def locate(self, handles: Sequence[str], sizes: Array) -> None:
+        """Each in a tensor of its own."""
 
     def start_dense(self, name: str, gradient: Array) -> Any:
         raise NotImplementedError("Horovod reduces dense tensors itself")

@@ -301,13 +301,23 @@ class GatheredExchange(_HorovodExchange):
     def drop(self, arrival: Arrival) -> None:
         """Its payloads need not be kept."""
         for name in arrival.names:
-            del self._arrived[name]
+            self._arrived.pop(name, None)
 
     def finish(self, handle: str) -> Sequence[Array]:
         """The payloads of all ranks."""
         payloads = self.arrive(handle).payloads(handle, self.size, padded=self._padded)
         del self._arrived[handle]
         return payloads
+
+    def locate(
+        self, handles: Sequence[str], sizes: Array
+    ) -> tuple[Array, Array] | None:
+        """Where they lie, if together they are all of what arrived in one batch."""
+        arrival, row = self._arrived[handles[0]], int(sizes.sum())
+        if arrival.names != list(handles) or arrival.buffer.size != self.size * row:
+            return None
+        starts = np.cumsum(sizes) - sizes
+        return arrival.buffer, starts + row * np.arange(self.size)[:, None]
 
     def to_reduce(self, handle: str) -> Tensor:
         """1 from every rank and 1 from the first: what becomes of them tells the op."""
@@ -379,6 +389,9 @@ class EmbeddedExchange(_HorovodExchange):
         """It leaves when Horovod reduces it."""
         self._sent[name] = payload
         return name
+
+    def locate(self, handles: Sequence[str], sizes: Array) -> None:
+        """Each came by itself."""
 
     def to_reduce(self, handle: str) -> Tensor:
         """The payload in this rank's slot."""

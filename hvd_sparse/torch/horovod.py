@@ -35,10 +35,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from hvd_sparse.advice import Adviser
 from hvd_sparse.carriers import Carrier, Embedded, Gathered
 from hvd_sparse.core.contracts import Average, ExchangeError, Op, Sparsifier
-from hvd_sparse.core.path import Flight, GradientPath
+from hvd_sparse.core.flight import Flight
+from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.routing import Dense, WhenCheaper
-from hvd_sparse.core.scaling import is_finite, scale_of
-from hvd_sparse.core.together import Together
+from hvd_sparse.core.scaling import scale_of
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.kernels import host
 from hvd_sparse.torch import elastic
@@ -227,8 +227,7 @@ class SparseCompressor:
             loss_scale=scale_of(scaler),
         )
         if op is None:
-            self._path.op_name = "the optimizer's"
-        self._together = Together(self._path)
+            self._path.plan.op_name = "the optimizer's"
         self._names = ParameterNames(named_parameters)
         self._under_way: dict[str, Context] = {}
         self._waiting: dict[str, Context] = {}  # for the last one of their batch
@@ -262,7 +261,7 @@ class SparseCompressor:
 
     def __repr__(self) -> str:
         """What was chosen."""
-        return f"SparseCompressor({self._path.configuration})"
+        return f"SparseCompressor({self._path.plan.configuration})"
 
     # ------------------------------------------------------------- called by Horovod
 
@@ -285,7 +284,7 @@ class SparseCompressor:
             if self._elastic and not self._shutdown.recovers:
                 self._shutdown.recovers = elastic.covers(self)
             name, parameter = self._names.find(tensor, caller)
-            if name in self._under_way and self._path.is_scaled:
+            if name in self._under_way and self._path.scaling.is_used:
                 self._give_up_all()  # before the loss scale changes
             if not self._under_way:
                 self._begin(caller)
@@ -366,7 +365,7 @@ class SparseCompressor:
             {
                 names[p]: p.numel() * p.element_size()
                 for p in optimizer._requires_update
-                if p in names and not self._path.goes_dense(names[p], p)
+                if p in names and not self._path.plan.goes_dense(names[p], p)
             }
         )
         self._planned = True
@@ -376,7 +375,7 @@ class SparseCompressor:
     ) -> tuple[Tensor, Context]:
         """As little as can be: what the backward pass has in cache stays there."""
         self._arriving = False
-        known = self._path.tensors.get(name)
+        known = self._path.plan.tensors.get(name)
         if known is None or known.dense or known.shape != gradient.shape:
             known = self._path.admit(name, viewed(gradient))
         self._watchdog.sent(name, known.header.step)
@@ -403,7 +402,7 @@ class SparseCompressor:
         if self._waiting.pop(name, None) is not None:
             self._keep(context, gradient)
         elif context.flight is not None:
-            self._path.recall(context.flight)
+            self._path.recall([context.flight])
 
     def _give_up_all(self) -> None:
         """A step without its results."""
@@ -411,33 +410,31 @@ class SparseCompressor:
             self._forget(context)
             waited = self._waiting.pop(context.name, None) is not None
             if waited and not context.place.changed:
-                known = self._path.admit(context.name, context.array)
-                self._together.keep(known, context.array)
+                self._path.keep(context.name, context.array)
             elif context.flight is not None:
-                self._path.recall(context.flight)
+                self._path.recall([context.flight])
 
     def _keep(self, waiting: Context, gradient: Tensor) -> None:
         """Unless the next gradient took its memory."""
         earlier = waiting.array
         if not np.may_share_memory(earlier, viewed(gradient)):
-            self._together.keep(self._path.admit(waiting.name, earlier), earlier)
+            self._path.keep(waiting.name, earlier)
 
     def _send_together(self, names: Iterable[str]) -> None:
         """Send those of these tensors that wait."""
         contexts = [self._waiting[name] for name in names if name in self._waiting]
-        known = []
         try:
             for context in contexts:
                 if context.place.changed:
                     raise changed(context.name)
-                known.append(self._path.admit(context.name, context.array))
+                self._path.admit(context.name, context.array)
         except BaseException:
             self._abandon(contexts)
             for context in contexts:
                 self._keep_what_is_right(context)
             raise
         try:
-            flights = self._together.send(known, [c.array for c in contexts])
+            flights = self._path.send({c.name: c.array for c in contexts})
         except BaseException:
             self._abandon(contexts)
             raise
@@ -456,12 +453,11 @@ class SparseCompressor:
         """What is not refused goes with the next step."""
         if not context.place.changed:
             with suppress(TypeError, ValueError):
-                known = self._path.admit(context.name, context.array)
-                self._together.keep(known, context.array)
+                self._path.keep(context.name, context.array)
 
     def _send_alone(self, context: Context) -> None:
         try:
-            context.flight = self._path.send(context.name, context.array)
+            [context.flight] = self._path.send({context.name: context.array})
         except BaseException:
             self._forget(context)
             raise
@@ -497,14 +493,16 @@ class SparseCompressor:
             flight = ctx.sent
             if ctx.place.changed:
                 raise changed(ctx.name)
-            self._path.op = self._found(self._carrier.reduced(flight.handle, reduced))
+            self._path.plan.op = self._found(
+                self._carrier.reduced(flight.handle, reduced)
+            )
             if batch := self._receive_batch(flight):
                 arrived = batch
             else:
                 self._receive_alone(ctx, flight)
         except BaseException as error:
             if ctx.flight is not None:
-                self._path.recall(ctx.flight)
+                self._path.recall([ctx.flight])
             if self._watchdog.gave_up and not self._shutdown.recovers:
                 raise ExchangeError(self._watchdog.gave_up) from error
             raise  # elastic training recovers from Horovod's own error alone
@@ -524,7 +522,10 @@ class SparseCompressor:
 
     def _receive_batch(self, flight: Flight) -> list[Context]:
         """Receive all that it arrived with, where that can be; returns what it was."""
-        if not isinstance(self._carrier, GatheredExchange) or self._path.is_scaled:
+        if (
+            not isinstance(self._carrier, GatheredExchange)
+            or self._path.scaling.is_used
+        ):
             return []
         arrival = self._carrier.arrive(flight.handle)
         contexts = [c for n in arrival.names if (c := self._under_way.get(n))]
@@ -533,10 +534,11 @@ class SparseCompressor:
         if any(context.place.changed for context in contexts):
             return []
         results = [self._places.result(context.place) for context in contexts]
-        if not self._together.receive(
-            [c.sent for c in contexts], [viewed(r) for r in results], arrival.buffer
-        ):
+        if not all(result.is_contiguous() for result in results):
             return []
+        flights = [context.sent for context in contexts]
+        self._path.hand_back(flights, [viewed(result) for result in results])
+        self._path.settle(flights)
         for context, result in zip(contexts, results, strict=True):
             context.result = result
         self._carrier.drop(arrival)
@@ -545,10 +547,10 @@ class SparseCompressor:
     def _receive_alone(self, ctx: Context, flight: Flight) -> None:
         result = self._places.result(ctx.place)
         if result.is_contiguous():
-            self._path.receive(flight, viewed(result))
+            self._path.receive([flight], [viewed(result)])
         else:
             flat = torch.empty_like(result, memory_format=torch.contiguous_format)
-            self._path.receive(flight, viewed(flat))
+            self._path.receive([flight], [viewed(flat)])
             result.copy_(flat)
         ctx.result = result
 
@@ -568,7 +570,7 @@ class SparseCompressor:
     def _receive_dense(self, reduced: Tensor, ctx: Context) -> None:
         result = self._places.result(ctx.place)
         self._forget(ctx)
-        known = self._path.tensors.get(ctx.name)
+        known = self._path.plan.tensors.get(ctx.name)
         if known is None:
             raise forgotten(ctx.name)
         if ctx.place.changed:
@@ -577,14 +579,14 @@ class SparseCompressor:
         self._look_for_overflow(ctx.result)
         known.at_step(known.header.step + 1)
         wire_bytes = reduced.numel() * reduced.element_size()
-        self._path.count(known, reduced.numel(), wire_bytes, wire_bytes)
+        self.traffic.count(known, reduced.numel(), wire_bytes, wire_bytes)
         self.traffic.steps = max(self.traffic.steps, known.header.step)
 
     def _look_for_overflow(self, result: Tensor) -> None:
         """Of what Horovod reduced: the optimizer's step will be skipped."""
-        if self._path.is_scaled:
+        if self._path.scaling.is_used:
             values = result.coalesce().values() if result.is_sparse else result
-            self._path.overflowed |= not is_finite(values)
+            self._path.scaling.look_at(values)
 
     def _found(self, op: Op) -> Op:
         if self.op is not None and op != self.op and self._carrier.size > 1:

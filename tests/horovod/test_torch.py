@@ -1272,7 +1272,7 @@ def test_parameters_unused_on_some_ranks_take_part():
         model(batch(step), order).square().mean().backward()
         optimizer.step()
         assert replicas_agree(model)
-    assert {t.header.step for t in compression._path.tensors.values()} == {5}
+    assert {t.header.step for t in compression._path.plan.tensors.values()} == {5}
 
 
 def test_two_optimizers_in_one_process_need_two_prefixes():

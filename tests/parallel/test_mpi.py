@@ -815,15 +815,13 @@ def test_a_damaged_payload_returns_what_all_tensors_of_its_group_sent(
 ):
     mine = {name: np.arange(1, 9, dtype=np.float32) for name in "abc"}
     with SparseAllreduce(TopK(0.5), comm=COMM, dense=Never(), timeout_s=5) as reduce:
-        finish = reduce._exchange.finish
+        close = reduce._exchange.close_step
 
-        def damaged(handle):
-            received = [payload.copy() for payload in finish(handle)]
-            if handle == 1:
-                received[-1][place : place + 4] = 0xEE
-            return received
+        def damaged():
+            close()
+            reduce._exchange.finish(1)[-1][place : place + 4] = 0xEE
 
-        monkeypatch.setattr(reduce._exchange, "finish", damaged)
+        monkeypatch.setattr(reduce._exchange, "close_step", damaged)
         with pytest.raises(PayloadError, match="b: "):
             reduce.grouped_allreduce(mine)
         for name, gradient in mine.items():

@@ -1,0 +1,61 @@
+"""What a user's own sparsifier may get wrong, found before it becomes a payload."""
+
+from contextlib import suppress
+
+import numpy as np
+
+from hvd_sparse.core.contracts import Array, Memory, Selection
+from hvd_sparse.core.plan import Tensor, dtype_of
+from hvd_sparse.kernels.reference import check_indices, check_places
+
+
+def check_selection(tensor: Tensor, selection: Selection, memory: Memory) -> None:
+    """Refuse a selection that peers could not read; what it took is put back.
+
+    Raises:
+        ValueError: indices are not int32, do not ascend or are not k; values are not of
+            the residual's dtype.
+    """
+    if tensor.trusted:
+        return
+    try:
+        _check(tensor, selection)
+    except ValueError:
+        _put_back(tensor, selection, memory)
+        raise
+
+
+def _check(tensor: Tensor, selection: Selection) -> None:
+    name, indices, values = tensor.name, selection.indices, selection.values
+    count, k = indices.shape[0], tensor.header.k
+    if dtype_of(indices) != "int32":
+        raise ValueError(f"{name}: indices must be int32, got {indices.dtype}")
+    if count != k if not tensor.varies else count > k:
+        most = "at most " if tensor.varies else ""
+        raise ValueError(f"{name}: {most}{k} must be selected, got {count}")
+    if dtype_of(values) != tensor.header.wide:
+        raise ValueError(
+            f"{name}: values must be {tensor.header.wide}, got {values.dtype}"
+        )
+    try:
+        check_indices(_on_host(indices), tensor.header.n)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if values.shape[0] != count:
+        raise ValueError(
+            f"{name}: {count} indices were selected, but {values.shape[0]} values"
+        )
+
+
+def _put_back(tensor: Tensor, selection: Selection, memory: Memory) -> None:
+    """As far as it can be told where it was."""
+    indices, values = _on_host(selection.indices), selection.values
+    if indices.shape == values.shape and indices.dtype.kind in "iu":
+        places, first = np.unique(indices, return_index=True)
+        with suppress(IndexError):
+            check_places(places, tensor.header.n)
+            memory.restore(tensor.name, places, values[first])
+
+
+def _on_host(indices: Array) -> Array:
+    return indices if isinstance(indices, np.ndarray) else indices.cpu().numpy()

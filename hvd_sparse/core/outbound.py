@@ -1,0 +1,109 @@
+"""The way there, stage by stage: accumulate, select, encode, start the exchange."""
+
+from collections.abc import Container, Sequence
+
+import numpy as np
+
+from hvd_sparse.core.checks import check_selection
+from hvd_sparse.core.contracts import Array, Exchange, Memory, Selection
+from hvd_sparse.core.flight import Flight
+from hvd_sparse.core.fused import Fused, Pair, alike
+from hvd_sparse.core.payload import VALUES_ONLY, Bytes, encode
+from hvd_sparse.core.plan import Tensor
+
+_CACHED = 1 << 16  # elements, below which another pass over a gradient costs little
+
+
+class Outbound:
+    """The first four stages of a path."""
+
+    def __init__(self, memory: Memory, exchange: Exchange, fused: Fused) -> None:
+        """Args: fused: the stages of many small tensors at once."""
+        self._memory = memory
+        self._exchange = exchange
+        self._fused = fused
+
+    def select(self, bucket: Sequence[Pair], in_place: Container[str]) -> None:
+        """Accumulate, select and encode: afterwards each has its payload.
+
+        Args:
+            bucket: flights, and their gradients, in any shape.
+            in_place: names of those whose memory is free from now on.
+        """
+        for group in alike(pair for pair in bucket if _may_join(*pair, in_place)):
+            self._fused.select(group)
+        for flight, gradient in bucket:
+            if not (flight.accumulated or flight.tensor.dense):
+                free = flight.tensor.name in in_place
+                self._select(flight, gradient, in_place=free)
+
+    def _select(self, flight: Flight, gradient: Array, *, in_place: bool) -> None:
+        """One alone; its residual takes the gradient and keeps what is not selected."""
+        tensor, flat = flight.tensor, _flat(gradient)
+        flight.cleared = in_place and tensor.clears and is_flat(gradient)
+        residual = self._memory.residual(tensor.name, gradient)
+        flight.accumulated = True
+        selection = tensor.select(residual, flat, flat if flight.cleared else None)
+        check_selection(tensor, selection, self._memory)
+        tensor.chosen = selection.indices.shape[0]
+        tensor.payload = self._encode(tensor, selection)
+        tensor.in_flight = True
+        if tensor.header.layout == VALUES_ONLY:
+            flight.indices = selection.indices
+
+    def _encode(self, tensor: Tensor, selection: Selection) -> Bytes:
+        """Its payload; from here on what was selected is in there, or back again."""
+        indices, values, _ = selection
+        try:
+            payload, sent = encode(selection, tensor.header, tensor.payload)
+            if sent is not values:  # rounded on the wire: the rest is not lost
+                self._memory.keep(tensor.name, indices, values - sent)
+        except BaseException:
+            self._memory.restore(tensor.name, indices, values)
+            raise
+        return payload
+
+    def start(self, bucket: Sequence[Pair]) -> None:
+        """Begin the exchange of each, in this order."""
+        for flight, gradient in bucket:
+            tensor = flight.tensor
+            if tensor.dense:
+                flight.handle = self._exchange.start_dense(tensor.name, _flat(gradient))
+            else:
+                flight.handle = self._exchange.start(tensor.name, tensor.payload)
+
+    def keep(self, bucket: Sequence[Pair], in_place: Container[str]) -> None:
+        """The bucket does not leave: all that goes sparse waits in the residuals."""
+        for flight, gradient in bucket:
+            tensor = flight.tensor
+            flight.recall(self._memory)
+            if tensor.dense:
+                continue
+            if not flight.accumulated:
+                self._memory.accumulate(tensor.name, _flat(gradient))
+            if tensor.name in in_place:
+                gradient[...] = 0
+
+
+def _may_join(flight: Flight, gradient: Array, in_place: Container[str]) -> bool:
+    """Whether kernels may select from it and others at once.
+
+    They leave the gradient as it is, which costs large ones in place a pass more.
+    """
+    tensor = flight.tensor
+    small = tensor.header.n <= _CACHED or tensor.name not in in_place
+    return tensor.grouped and small and is_flat(gradient)
+
+
+def _flat(gradient: Array) -> Array:
+    """(n,) contiguous and aligned: a view where that is possible."""
+    if isinstance(gradient, np.ndarray):
+        return (gradient if is_flat(gradient) else gradient.copy()).reshape(-1)
+    return gradient.contiguous().reshape(-1)
+
+
+def is_flat(gradient: Array) -> bool:
+    """Whether it is contiguous and aligned."""
+    if isinstance(gradient, np.ndarray):
+        return gradient.flags.c_contiguous and gradient.flags.aligned
+    return bool(gradient.is_contiguous())

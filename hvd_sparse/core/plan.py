@@ -1,0 +1,284 @@
+"""Plan: how each tensor goes, decided by every rank from what all of them know.
+
+Route, layout, k and the digest of a tensor follow from its name, shape and dtype, from
+the configuration and from the number of ranks. A peer that decided otherwise has
+another digest, and is found out before its data is used.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from inspect import signature
+from typing import Any
+
+import numpy as np
+
+from hvd_sparse.core.adaptive import CAT, ExactCAT
+from hvd_sparse.core.configuration import describe
+from hvd_sparse.core.contracts import Array, Exchange, Op, Selection, Sparsifier
+from hvd_sparse.core.payload import DTYPES, INDEXED, VALUES_ONLY, Bytes, Header
+from hvd_sparse.core.routing import Dense, Never, WhenCheaper
+from hvd_sparse.core.sparsifiers import (
+    RandomK,
+    SignsUntilNorm,
+    SignTopK,
+    Threshold,
+    TopK,
+    elements,
+)
+from hvd_sparse.core.stochastic import Stochastic
+from hvd_sparse.kernels.host import is_one_part
+
+ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+MOST_ELEMENTS = 2**31 - 1
+# whose selections need no check: tests prove them. What inherits from them may select
+# as it likes.
+OURS = (
+    TopK,
+    RandomK,
+    Threshold,
+    SignTopK,
+    SignsUntilNorm,
+    Stochastic,
+    CAT,
+    ExactCAT,
+)
+
+
+@dataclass
+class Tensor:
+    """What the path knows about one tensor.
+
+    Attributes:
+        sparsifier: the plan's, seeded for this tensor where that matters.
+        header: what travels with each payload; k is the most where `varies`.
+        varies: the sparsifier chooses k from local data.
+        clears: the sparsifier leaves zeros where the gradient was, if it is asked to.
+        dense: this tensor takes the library's own allreduce.
+        trusted: what is selected needs no check.
+        plain: small, on the host, and its payloads have a fixed size and all there is
+            to know of its entries: kernels may sum up it and others in one call.
+        grouped: they may select from it and others in one call.
+        payload: the last one's bytes; their memory serves the next.
+        in_flight: sent and not received yet.
+        delivered: what was sent in this step has been handed back.
+        latest: the step of the rank that is furthest, where ranks may be apart.
+        chosen: elements that were selected last; 0 before the first step.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    array_dtype: Any
+    itemsize: int
+    sparsifier: Sparsifier
+    header: Header
+    varies: bool
+    clears: bool
+    dense: bool
+    trusted: bool
+    plain: bool
+    grouped: bool
+    payload: Bytes | None = None
+    in_flight: bool = False
+    delivered: bool = False
+    latest: int = 0
+    chosen: int = 0
+
+    def select(self, residual: Array, gradient: Array, out: Array | None) -> Selection:
+        """The sparsifier's choice; `after` tells it how many the last one was."""
+        sparsifier = self.sparsifier
+        if hasattr(sparsifier, "after"):
+            sparsifier = sparsifier.after(self.chosen)
+        asked: tuple[Any, ...] = (self.header.k, self.header.step)
+        if out is not None:
+            asked = (*asked, out)
+        selection: Selection = sparsifier.select(residual, gradient, *asked)
+        return selection
+
+    def at_step(self, step: int) -> None:
+        """Count the exchanges of this tensor."""
+        layout, dtype, n, k, _, digest = self.header
+        self.header = Header(layout, dtype, n, k, step, digest)
+
+    @property
+    def route(self) -> str:
+        """Dense or sparse, as a word."""
+        return "dense" if self.dense else "sparse"
+
+
+class Plan:
+    """The tensors of one group of ranks, each as all of these ranks treat it."""
+
+    def __init__(
+        self, sparsifier: Sparsifier, exchange: Exchange, op: int, dense: Dense | None
+    ) -> None:
+        """As for GradientPath, which says what is raised."""
+        if isinstance(sparsifier, type) or not hasattr(sparsifier, "select"):
+            raise TypeError(
+                "sparsifier must have a select method, such as TopK(density=0.001), "
+                f"got {sparsifier!r}"
+            )
+        if isinstance(dense, type) or not hasattr(dense or WhenCheaper(), "limit"):
+            raise TypeError(f"dense must be WhenCheaper() or Never(), got {dense!r}")
+        if op not in (Op.Average, Op.Sum):
+            raise ValueError(f"op must be Average or Sum, got {op!r}")
+        self.sparsifier = sparsifier
+        self.dense = dense if dense is not None else WhenCheaper()
+        # as they are now: what they count while they select is not part of it
+        self._chosen = describe(sparsifier, "sparsifier")
+        self._rule = describe(self.dense, "dense")
+        self.op = Op(op)
+        self.op_name = self.op.name  # an integration that finds out later says so here
+        self.tensors: dict[str, Tensor] = {}
+        self.always_sparse: set[str] = set()  # names of tensors, whatever `dense` says
+        self.loss_scale: float | None = None  # that gradients are multiplied with
+        self._exchange = exchange
+
+    @property
+    def scale(self) -> float:
+        """What the sum over ranks is multiplied with."""
+        return 1.0 if self.op is Op.Sum else 1.0 / self._exchange.size
+
+    def find(self, name: str, gradient: Array) -> Tensor | None:
+        """What is known about this tensor; None at its first use.
+
+        Raises:
+            ValueError: its shape or dtype changed.
+        """
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            return None
+        if gradient.shape != tensor.shape or gradient.dtype != tensor.array_dtype:
+            raise ValueError(
+                f"{name}: gradient has shape {tuple(gradient.shape)} and dtype "
+                f"{dtype_of(gradient)}, expected {tensor.shape} and {tensor.dtype} "
+                "as in earlier steps"
+            )
+        return tensor
+
+    def check(self, name: str, gradient: Array) -> None:
+        """Refuse what can not be sent.
+
+        Raises:
+            TypeError: the gradient is not floating.
+            ValueError: it has too many elements.
+        """
+        dtype, n = dtype_of(gradient), _size(gradient)
+        if dtype not in DTYPES:
+            raise TypeError(
+                f"{name}: gradient must be one of {', '.join(DTYPES)}, got {dtype}"
+            )
+        if n > MOST_ELEMENTS:
+            raise ValueError(
+                f"{name}: gradient must have at most 2**31 - 1 elements (indices are "
+                f"int32), got {n}; split it"
+            )
+
+    def enter(self, name: str, gradient: Array, step: int, chosen: int) -> Tensor:
+        """Decide how a tensor goes from its first use on."""
+        dtype, n = dtype_of(gradient), _size(gradient)
+        sparsifier, layout, k, dense = self._decide(name, n, dtype)
+        varies = getattr(sparsifier, "density", None) is None
+        trusted = type(sparsifier) in OURS
+        wide = dtype in ("float32", "float64")
+        plain = (
+            layout == INDEXED
+            and wide
+            and not (dense or varies)
+            and isinstance(gradient, np.ndarray)
+            and is_one_part(n)  # with more threads it gains more by itself
+        )
+        tensor = Tensor(
+            name,
+            tuple(gradient.shape),
+            dtype,
+            gradient.dtype,
+            gradient.dtype.itemsize,
+            sparsifier,
+            Header(layout, dtype, n, k, step, digest=0),
+            varies=varies,
+            clears=trusted and "out" in signature(sparsifier.select).parameters,
+            dense=dense,
+            trusted=trusted,
+            plain=plain,
+            grouped=plain and trusted and hasattr(sparsifier, "select_group"),
+            chosen=chosen,
+        )
+        self._sign(tensor)
+        self.tensors[name] = tensor
+        return tensor
+
+    def follow(self, loss_scale: float) -> None:
+        """From now on gradients are multiplied with another one."""
+        self.loss_scale = loss_scale
+        for name, tensor in self.tensors.items():
+            self._sign(tensor)
+            tensor.sparsifier = self._own(name)
+
+    def _sign(self, tensor: Tensor) -> None:
+        """64 bits that stand for all that ranks must have alike for this tensor."""
+        k, layout = tensor.header.k, tensor.header.layout
+        facts = (tensor.name, tensor.shape, tensor.dtype, k, layout, self.agreed)
+        text = repr(facts).encode()
+        digest = int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
+        tensor.header = tensor.header._replace(digest=digest)
+
+    def goes_dense(self, name: str, gradient: Array) -> bool:
+        """Whether it will, or can not go at all; nothing is remembered."""
+        dtype = dtype_of(gradient)
+        return dtype not in DTYPES or self._decide(name, _size(gradient), dtype)[3]
+
+    def _decide(
+        self, name: str, n: int, dtype: str
+    ) -> tuple[Sparsifier, int, int, bool]:
+        """The sparsifier for this tensor, its layout, its k, whether it goes dense."""
+        sparsifier = self._own(name)
+        shared = getattr(sparsifier, "shared_indices", False)
+        layout = getattr(sparsifier, "layout", VALUES_ONLY if shared else INDEXED)
+        size = self._exchange.size * self._exchange.weight
+        dense = Never() if name in self.always_sparse else self.dense
+        limit = dense.limit(n, dtype, ITEMSIZES[dtype], layout, size)
+        density = getattr(sparsifier, "density", None)
+        if density is None:
+            return sparsifier, layout, limit, limit < min(1, n)
+        k = elements(density, n)
+        return sparsifier, layout, k, limit < k
+
+    def _own(self, name: str) -> Sparsifier:
+        """The sparsifier as this rank, this tensor and the loss scale have it."""
+        sparsifier: Any = self.sparsifier
+        if hasattr(sparsifier, "for_rank"):
+            sparsifier = sparsifier.for_rank(self._exchange.rank)
+        if hasattr(sparsifier, "for_tensor"):
+            sparsifier = sparsifier.for_tensor(name)
+        if hasattr(sparsifier, "for_scale") and self.loss_scale is not None:
+            sparsifier = sparsifier.for_scale(self.loss_scale)
+        return sparsifier  # type: ignore[no-any-return]
+
+    @property
+    def configuration(self) -> str:
+        """What the user chose, as text: equal on every rank, or an error."""
+        return f"{self._chosen}, op={self.op_name}, dense={self._rule}"
+
+    @property
+    def agreed(self) -> str:
+        """The configuration, and what belongs to a step."""
+        if self.loss_scale is None:
+            return self.configuration
+        return f"{self.configuration}, loss scale {self.loss_scale}"
+
+    @property
+    def old_configurations(self) -> Iterator[str]:
+        """As release 0.1.0 wrote it: by repr, or by the name of the class alone."""
+        for chosen in (repr(self.sparsifier), type(self.sparsifier).__name__):
+            yield f"{chosen}, op={self.op_name}, dense={self.dense!r}"
+
+
+def dtype_of(array: Array) -> str:
+    """A key of DTYPES, where gradients may have it."""
+    return str(array.dtype).removeprefix("torch.")
+
+
+def _size(gradient: Array) -> int:
+    return int(np.prod(gradient.shape, dtype=np.int64))

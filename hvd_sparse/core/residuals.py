@@ -1,0 +1,163 @@
+"""What a restart needs of a path: residuals and steps, saved and loaded."""
+
+from copy import copy
+from typing import Any
+
+import numpy as np
+
+from hvd_sparse.core.contracts import Array, Exchange, Memory
+from hvd_sparse.core.flight import last_sent
+from hvd_sparse.core.plan import Plan, Tensor, dtype_of
+from hvd_sparse.core.traffic import Traffic
+from hvd_sparse.kernels import kernels_for
+
+STATE_FORMAT = 1
+
+
+class Residuals:
+    """The state of one path, which belongs to this rank.
+
+    Attributes:
+        waiting: per name, what was loaded and not used yet.
+    """
+
+    def __init__(
+        self, plan: Plan, memory: Memory, traffic: Traffic, exchange: Exchange
+    ) -> None:
+        """Nothing is loaded."""
+        self.waiting: dict[str, dict[str, Any]] = {}
+        self._plan = plan
+        self._memory = memory
+        self._traffic = traffic
+        self._exchange = exchange
+
+    def saved(self) -> dict[str, Any]:
+        """All that a restart needs, as copies."""
+        plan = self._plan
+        scaled = {} if plan.loss_scale is None else {"loss_scale": plan.loss_scale}
+        return {
+            **scaled,
+            "format": STATE_FORMAT,
+            "rank": self._exchange.rank,
+            "size": self._exchange.size,
+            "configuration": plan.configuration,
+            "step": self._traffic.steps,
+            "tensors": {
+                # loaded and not used since: still waiting, so still part of the state
+                **{
+                    name: {"chosen": 0, **saved, "residual": _copy(saved["residual"])}
+                    for name, saved in self.waiting.items()
+                },
+                **{
+                    name: _saved(tensor, self._kept(tensor))
+                    for name, tensor in plan.tensors.items()
+                },
+            },
+        }
+
+    def _kept(self, tensor: Tensor) -> Array | None:
+        """A copy of its residual, with what is on its way."""
+        residual = _copy(self._memory.residuals.get(tensor.name))
+        if tensor.in_flight and residual is not None:
+            sent = last_sent(tensor, tensor.header)
+            kernels_for(residual).add_at(residual, sent.indices, sent.values)
+        return residual
+
+    def load(self, state: dict[str, Any], *, scaled: bool) -> None:
+        """Continue where the state was saved; raises as GradientPath says."""
+        for key, *here in (
+            ("format", STATE_FORMAT),
+            ("size", self._exchange.size),
+            ("rank", self._exchange.rank),
+            ("configuration", self._plan.configuration, *self._plan.old_configurations),
+        ):
+            if state.get(key) not in here:
+                raise ValueError(
+                    f"state was saved with {key} {state.get(key)}, expected {here[0]}"
+                )
+        _check_scale(state, scaled=scaled)
+        saved = state["tensors"]
+        for name, tensor in self._plan.tensors.items():
+            if name in saved:
+                _check_loaded(name, saved[name], tensor.shape, tensor.dtype)
+            elif saved:  # an empty state is that of a start: it resets all
+                raise ValueError(f"state has no tensor {name!r}")
+        self.adopt(state)
+
+    def adopt(self, state: dict[str, Any]) -> None:
+        """Continue from a state of this process in another group of ranks.
+
+        Routes are decided anew, since they depend on how many ranks there are.
+        """
+        self._plan.tensors.clear()
+        self._plan.loss_scale = state.get("loss_scale")
+        self.waiting = {name: dict(saved) for name, saved in state["tensors"].items()}
+        self._memory.residuals.clear()
+        self._traffic.steps = state["step"]
+
+    def put_in_place(self, name: str, gradient: Array) -> tuple[int, int]:
+        """Put a loaded residual where its gradient is; returns step and chosen."""
+        saved = self.waiting.get(name)
+        if saved is None:
+            return 0, 0
+        _check_loaded(name, saved, tuple(gradient.shape), dtype_of(gradient))
+        if saved["residual"] is not None:
+            copy_to(self._memory.residual(name, gradient), saved["residual"])
+        del self.waiting[name]
+        return int(saved["step"]), int(saved.get("chosen", 0))
+
+    def forget(self, name: str) -> None:
+        """Drop what is kept of a tensor that is gone; it is not under way."""
+        self._plan.tensors.pop(name, None)
+        self._memory.residuals.pop(name, None)
+
+
+def copy_to(out: Array, source: Any) -> None:
+    """Overwrites out, on host or device, with as many numbers, rounding."""
+    if isinstance(out, np.ndarray):
+        out.reshape(-1)[...] = np.asarray(source).reshape(-1)
+    else:
+        on_host = isinstance(source, np.ndarray)
+        source = out.new_tensor(source) if on_host else source
+        out.reshape(-1).copy_(source.reshape(-1))
+
+
+def _check_scale(state: dict[str, Any], *, scaled: bool) -> None:
+    scale, waits = state.get("loss_scale"), bool(state["tensors"])
+    if scale is not None and not scaled:
+        raise ValueError(
+            f"state was saved with loss scale {scale}, expected none: give scaler="
+        )
+    if scale is None and scaled and waits:
+        raise ValueError(
+            "state has no loss scale, expected one for scaler=: put the one it was "
+            'saved with into state["loss_scale"], 1.0 where there was none'
+        )
+
+
+def _saved(tensor: Tensor, residual: Array | None) -> dict[str, Any]:
+    return {
+        "shape": tensor.shape,
+        "dtype": tensor.dtype,
+        "step": tensor.header.step,
+        "residual": None if residual is None else residual.reshape(tensor.shape),
+        "chosen": tensor.chosen,
+    }
+
+
+def _check_loaded(
+    name: str, saved: dict[str, Any], shape: tuple[int, ...], dtype: str
+) -> None:
+    found = (tuple(saved["shape"]), saved["dtype"])
+    if found != (shape, dtype):
+        raise ValueError(
+            f"{name}: state has shape {found[0]} and dtype {found[1]}, expected "
+            f"{shape} and {dtype}"
+        )
+
+
+def _copy(array: Array | None) -> Array | None:
+    """In memory of its own; a state may hold arrays of any framework."""
+    if isinstance(array, np.ndarray) or array is None:
+        return copy(array)
+    return array.clone() if hasattr(array, "clone") else copy(array)
