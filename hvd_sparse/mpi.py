@@ -232,10 +232,11 @@ class SparseAllreduce:
             if out is None:
                 _check_on_host(name, gradient)
             self._path.admit(name, gradient)
-        shared = _names_in(sharing(gradients)) if given else frozenset()
         bucket = {name: gradients[name] for name in sorted(gradients)}
-        # it can give way at once, unless it is part of another one
-        in_place = {n for n, g in bucket.items() if given.get(n) is g} - shared
+        in_place = {n for n, g in bucket.items() if given.get(n) is g}
+        if 0 < len(in_place) < len(bucket):  # else none of them shares, as outs do not
+            # it can give way at once, unless it is part of another one
+            in_place -= _names_in(sharing(gradients))
         self._flights = self._path.send(bucket, in_place)
         self._in_place = in_place
         # made last: an array that can not be sent needs no room for its result

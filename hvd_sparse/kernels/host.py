@@ -476,13 +476,10 @@ def select_group(
         Of each, how many sums were not finite.
     """
     like = residuals[0]
-    arrays = np.array(
-        [
-            (address(residual), address(gradient), residual.size)
-            for residual, gradient in zip(residuals, gradients, strict=True)
-        ],
-        np.int64,
-    )
+    arrays = np.empty((len(residuals), 3), np.int64)
+    arrays[:, 0] = list(map(address, residuals))
+    arrays[:, 1] = list(map(address, gradients))
+    arrays[:, 2] = [residual.size for residual in residuals]
     nonfinite = np.empty(len(arrays), np.int64)
     nothing = _NOTHING[like.dtype.itemsize]
     _select_group(arrays, table, like, _INDICES, nothing, nonfinite)
@@ -683,7 +680,9 @@ def aggregate_group(outs: Sequence[Array], table: Array, scale: float) -> int:
     Returns:
         The place in outs of an array whose indices do not ascend in [0, n), or -1.
     """
-    places = np.array([[address(out), out.size] for out in outs], np.int64)
+    places = np.empty((len(outs), 2), np.int64)
+    places[:, 0] = list(map(address, outs))
+    places[:, 1] = [out.size for out in outs]
     like = outs[0].reshape(-1)
     factor = like.dtype.type(scale)
     size, entries = int(places[:, 1].sum()), int(table[:, :, 2].sum())

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from hvd_sparse.core.sharing import repeats, share, span
+from hvd_sparse.core.sharing import apart, columns, repeats, share, span
 
 Tensor = torch.Tensor
 
@@ -82,11 +82,11 @@ def _copy_gradient(parameter: Tensor) -> None:
 
 def _neighbors(tensors: list[Tensor]) -> list[list[int]]:
     """Places of tensors, two and more, whose ranges of addresses overlap; ascending."""
-    spans = np.array([span(tensor) for tensor in tensors], np.int64).reshape(-1, 2)
-    starts, ends = spans.T
-    order = np.argsort(starts, kind="stable")
-    if bool((ends[order[:-1]] <= starts[order[1:]]).all()):
+    spans = [span(tensor) for tensor in tensors]
+    if apart(spans):
         return []  # asked in every step, and nearly always so
+    starts, ends = columns(spans, 2)
+    order = np.argsort(starts, kind="stable")
     groups: list[list[int]] = [[]]
     reach = 0
     for place in order.tolist():
