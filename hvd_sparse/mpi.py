@@ -70,6 +70,7 @@ class SparseAllreduce:
         dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
         timeout_s: float = 600,
         scaler: Any = None,
+        undo: bool = False,
     ) -> None:
         """Duplicate the communicator; every rank of comm must call this.
 
@@ -82,6 +83,8 @@ class SparseAllreduce:
             scaler: what has get_scale(), the number that gradients are multiplied with,
                 the same on every rank. A step with a result that is not finite must not
                 be applied by anybody; what it sent is put back.
+            undo: keep a copy of every residual, so that `discard` can bring it back:
+                memory of the gradients' size, and one pass more over it.
 
         Raises:
             TypeError: comm is no communicator, sparsifier can not select, or scaler can
@@ -96,6 +99,7 @@ class SparseAllreduce:
                 op=op,
                 dense=dense,
                 loss_scale=scale_of(scaler),
+                undo=undo,
             )
         except (TypeError, ValueError) as error:
             self._exchange.report(error)  # peers may have better arguments
@@ -363,7 +367,7 @@ class SparseAllreduce:
             shape, dtype, step and residual (None for a tensor that goes dense).
         """
         with self._alone():
-            return self._path.state_dict()
+            return self._path.residuals.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue, bitwise, where state_dict was called. Each rank loads its own.
@@ -375,12 +379,29 @@ class SparseAllreduce:
         with self._alone():
             if self._under_way:
                 raise RuntimeError("finish() must come before load_state_dict()")
-            self._path.load_state_dict(state)
+            self._path.residuals.load_state_dict(state)
             self._exchange.step = state["step"]
+
+    def discard(self) -> None:
+        """Throw the last exchange away: residuals and steps are what they were, bitwise.
+
+        Collective: every rank calls it after the same exchange and before the next, and
+        uses the results in no way. In the next one, ranks that differ get an
+        ExchangeError that names rank and step.
+
+        Raises:
+            RuntimeError: undo=True was not given, there is no exchange since the last
+                one that was thrown away, one is under way, or another thread uses this
+                object.
+        """
+        with self._alone():
+            if self._under_way:
+                raise RuntimeError("finish() must come before discard()")
+            self._path.residuals.discard()
 
     def forget(self, name: str) -> None:
         """Drop what is kept of a tensor that is gone; between two steps."""
-        self._path.forget(name)
+        self._path.residuals.forget(name)
 
     # ---------------------------------------------------------------------- closing
 

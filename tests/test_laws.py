@@ -366,9 +366,9 @@ def test_the_step_travels_and_disagreement_is_an_error(
     ranks = Ranks(2, any_sparsify(0.5))
     gradients = [kernels.array(np.ones(8, np.float32)) for _ in range(2)]
     ranks.step(gradients)
-    ahead = ranks.paths[1].state_dict()
+    ahead = ranks.paths[1].residuals.state_dict()
     ahead["tensors"]["w"]["step"] = 5
-    ranks.paths[1].load_state_dict(ahead)
+    ranks.paths[1].residuals.load_state_dict(ahead)
     flights = [send(p, g) for p, g in zip(ranks.paths, gradients, strict=True)]
     with pytest.raises(PayloadError, match=r"^w: rank 1: step 5, expected 1$"):
         receive(ranks.paths[0], flights[0], gradients[0])
@@ -496,7 +496,7 @@ def test_a_restart_continues_bitwise(
 
     steady = Ranks(size, any_sparsify(share))
     run(steady, range(2))
-    saved = [path.state_dict() for path in steady.paths]
+    saved = [path.residuals.state_dict() for path in steady.paths]
     saved = copy.deepcopy(saved)
     expected = run(steady, range(2, 5))
 
@@ -504,7 +504,7 @@ def test_a_restart_continues_bitwise(
     run(used, range(7, 8))
     for ranks in (fresh, used):
         for path, state in zip(ranks.paths, saved, strict=True):
-            path.load_state_dict(state)
+            path.residuals.load_state_dict(state)
         for found, wanted in zip(run(ranks, range(2, 5)), expected, strict=True):
             for one, other in zip(found, wanted, strict=True):
                 same_bits(one, other)
@@ -518,13 +518,13 @@ def test_a_state_is_a_copy(kernels: Kernels, any_sparsify: Any) -> None:
     kind = Kind((4, 5), "normal", "contiguous", 3)
     float32 = np.dtype(np.float32)
     ranks.step([kernels.array(kind.make(float32, 0))])
-    state = ranks.paths[0].state_dict()
+    state = ranks.paths[0].residuals.state_dict()
     residual = state["tensors"]["w"]["residual"]
     assert tuple(residual.shape) == (4, 5)
     before = as_numpy(residual).copy()
     ranks.step([kernels.array(kind.make(float32, 1))])
     same_bits(residual, before)
-    ranks.paths[0].load_state_dict(state)
+    ranks.paths[0].residuals.load_state_dict(state)
     ranks.step([kernels.array(kind.make(float32, 2))])
     same_bits(residual, before)
 
@@ -532,10 +532,10 @@ def test_a_state_is_a_copy(kernels: Kernels, any_sparsify: Any) -> None:
 def test_a_state_of_before_numbers_were_chosen_is_read() -> None:
     ranks = Ranks(1, TopK(density=0.1))
     ranks.step([np.arange(20, dtype=np.float32)])
-    state = ranks.paths[0].state_dict()
+    state = ranks.paths[0].residuals.state_dict()
     assert state["tensors"]["w"].pop("chosen") == 2
     resumed = Ranks(1, TopK(density=0.1))
-    resumed.paths[0].load_state_dict(state)
+    resumed.paths[0].residuals.load_state_dict(state)
     resumed.step([np.ones(20, np.float32)])
     assert resumed.paths[0].plan.tensors["w"].header.step == 2
 
@@ -559,16 +559,17 @@ class Every:
 def test_a_state_of_before_own_sparsifiers_were_agreed_on_is_read() -> None:
     ranks = Ranks(1, Every(0))
     ranks.step([np.arange(20, dtype=np.float32)])
-    state = ranks.paths[0].state_dict()
+    state = ranks.paths[0].residuals.state_dict()
     assert state["configuration"] == "Every(offset=0), op=Average, dense=Never()"
     state["configuration"] = "Every, op=Average, dense=Never()"
-    Ranks(1, Every(0)).paths[0].load_state_dict(state)
+    Ranks(1, Every(0)).paths[0].residuals.load_state_dict(state)
 
 
 def test_a_state_of_another_sparsifier_of_ones_own_is_refused_by_name() -> None:
     ranks = Ranks(1, Every(1))
+    state = ranks.paths[0].residuals.state_dict()
     with pytest.raises(ValueError, match=r"configuration Every\(offset=1\).* expected"):
-        Ranks(1, Every(0)).paths[0].load_state_dict(ranks.paths[0].state_dict())
+        Ranks(1, Every(0)).paths[0].residuals.load_state_dict(state)
 
 
 def test_a_state_of_the_middle_of_a_step_has_what_is_on_its_way(
@@ -577,7 +578,7 @@ def test_a_state_of_the_middle_of_a_step_has_what_is_on_its_way(
     path = Ranks(1, with_residual(0.2)).paths[0]
     gradient = Kind((4, 5), "normal", "contiguous", 3).make(dtype, 0)
     flight = send(path, kernels.array(gradient))
-    saved = path.state_dict()["tensors"]["w"]
+    saved = path.residuals.state_dict()["tensors"]["w"]
     np.testing.assert_allclose(
         as_numpy(saved["residual"]), gradient.astype(wide(dtype)), rtol=1e-6
     )
@@ -600,7 +601,7 @@ def test_a_state_after_a_gradient_that_was_not_finite_changes_nothing(
         receive(ranks.paths[0], flight, kernels.array(good.copy()))
     ranks.step([kernels.array(good)])
     before = ranks.residuals()[0]
-    state = ranks.paths[0].state_dict()
+    state = ranks.paths[0].residuals.state_dict()
     same_bits(ranks.residuals()[0], before)
     same_bits(state["tensors"]["w"]["residual"].reshape(-1), before)
 
@@ -624,11 +625,11 @@ def test_a_state_survives_being_loaded_and_saved_again(kernels: Kernels) -> None
     ranks = Ranks(1, TopK(density=0.1))
     for name in ("used", "frozen"):
         ranks.step([kernels.array(np.arange(20, dtype=np.float32))], name)
-    state = ranks.paths[0].state_dict()
+    state = ranks.paths[0].residuals.state_dict()
     resumed = Ranks(1, TopK(density=0.1))
-    resumed.paths[0].load_state_dict(state)
+    resumed.paths[0].residuals.load_state_dict(state)
     resumed.step([kernels.array(np.arange(20, dtype=np.float32))], "used")
-    again = resumed.paths[0].state_dict()
+    again = resumed.paths[0].residuals.state_dict()
     assert set(again["tensors"]) == {"used", "frozen"}
     same_bits(
         again["tensors"]["frozen"]["residual"], state["tensors"]["frozen"]["residual"]
@@ -660,7 +661,7 @@ def stateful(size: int = 2, density: float = 0.5, **options: Any) -> Ranks:
 def test_a_state_of_another_job_is_refused_by_name(other: Ranks, message: str) -> None:
     path = stateful().paths[0]
     with pytest.raises(ValueError, match=message):
-        path.load_state_dict(other.paths[0].state_dict())
+        path.residuals.load_state_dict(other.paths[0].residuals.state_dict())
 
 
 def test_a_state_of_another_rank_is_refused_by_name() -> None:
@@ -672,7 +673,7 @@ def test_a_state_of_another_rank_is_refused_by_name() -> None:
 def test_a_state_of_another_format_is_refused_by_name() -> None:
     path = stateful().paths[0]
     with pytest.raises(ValueError, match="state was saved with format 9, expected 1"):
-        path.load_state_dict({**path.state_dict(), "format": 9})
+        path.residuals.load_state_dict({**path.residuals.state_dict(), "format": 9})
 
 
 @pytest.mark.parametrize("used", [True, False], ids=["at loading", "at first use"])
@@ -689,7 +690,7 @@ def test_a_state_of_another_model_is_refused_by_name(
 ) -> None:
     model = Ranks(1, TopK(density=0.5))
     model.step([other])
-    state = model.paths[0].state_dict()
+    state = model.paths[0].residuals.state_dict()
     gradient = np.ones((2, 3), np.float32)
     ranks = Ranks(1, TopK(density=0.5))
     if used:
@@ -697,7 +698,7 @@ def test_a_state_of_another_model_is_refused_by_name(
     expected = rf"w: state has {found}, expected \(2, 3\) and float32"
 
     def load() -> None:
-        ranks.paths[0].load_state_dict(state)
+        ranks.paths[0].residuals.load_state_dict(state)
         ranks.step([gradient])
 
     with pytest.raises(ValueError, match=expected):
@@ -706,24 +707,24 @@ def test_a_state_of_another_model_is_refused_by_name(
 
 def test_a_refused_state_changes_nothing() -> None:
     path = stateful().paths[0]
-    state = path.state_dict()
+    state = path.residuals.state_dict()
     wrong = copy.deepcopy(state)
     wrong["tensors"]["w"]["shape"] = (3, 2)
     wrong["tensors"]["w"]["residual"] = np.zeros((3, 2), np.float32)
     with pytest.raises(ValueError, match=r"^w: state has shape"):
-        path.load_state_dict(wrong)
+        path.residuals.load_state_dict(wrong)
     same_bits(
-        path.state_dict()["tensors"]["w"]["residual"],
+        path.residuals.state_dict()["tensors"]["w"]["residual"],
         state["tensors"]["w"]["residual"],
     )
 
 
 def test_a_state_without_a_tensor_in_use_is_refused_by_name() -> None:
-    state = stateful().paths[0].state_dict()
+    state = stateful().paths[0].residuals.state_dict()
     ranks = stateful()
     ranks.step([np.ones(3, np.float32)] * 2, "extra")
     with pytest.raises(ValueError, match="state has no tensor 'extra'"):
-        ranks.paths[0].load_state_dict(state)
+        ranks.paths[0].residuals.load_state_dict(state)
 
 
 # ------------------------------------------------------------------ 9: bad use

@@ -94,7 +94,7 @@ def test_a_step_that_overflows_is_put_back_by_all(
     assert not np.isfinite(as_numpy(outs[0])).all()
     for path in ranks.paths:
         assert path.scaling.overflowed
-        state = path.state_dict()["tensors"]["w"]  # already in a checkpoint
+        state = path.residuals.state_dict()["tensors"]["w"]  # already in a checkpoint
         if path.plan.tensors["w"].dense:
             assert state["residual"] is None
             continue
@@ -210,12 +210,12 @@ def trained(scaler: Scaler | None, steps: int = 2) -> Ranks:
 def test_a_state_goes_on_at_another_scale() -> None:
     scaler = Scaler(1024.0)
     ranks = trained(scaler)
-    state = ranks.paths[0].state_dict()
+    state = ranks.paths[0].residuals.state_dict()
     assert state["loss_scale"] == 1024.0
     resumed = Ranks(1, TopK(0.2), loss_scale=Scaler(256.0))
-    resumed.paths[0].load_state_dict(state)
+    resumed.paths[0].residuals.load_state_dict(state)
     begin(resumed)
-    again = resumed.paths[0].state_dict()  # before any tensor was used
+    again = resumed.paths[0].residuals.state_dict()  # before any tensor was used
     for found, wanted in (("w", "w"), ("late", "late")):
         expected = as_numpy(state["tensors"][wanted]["residual"]) / 4
         same_bits(as_numpy(again["tensors"][found]["residual"]), expected)
@@ -227,17 +227,17 @@ def test_a_state_goes_on_at_another_scale() -> None:
 
 
 def test_a_state_with_a_scale_needs_a_scaler() -> None:
-    state = trained(Scaler(1024.0)).paths[0].state_dict()
+    state = trained(Scaler(1024.0)).paths[0].residuals.state_dict()
     with pytest.raises(ValueError, match=r"saved with loss scale 1024\.0, expected"):
-        Ranks(1, TopK(0.2)).paths[0].load_state_dict(state)
+        Ranks(1, TopK(0.2)).paths[0].residuals.load_state_dict(state)
 
 
 def test_a_state_without_a_scale_must_be_given_one() -> None:
-    state = trained(None).paths[0].state_dict()
+    state = trained(None).paths[0].residuals.state_dict()
     resumed = Ranks(1, TopK(0.2), loss_scale=Scaler(1024.0))
     with pytest.raises(ValueError, match="state has no loss scale, expected one"):
-        resumed.paths[0].load_state_dict(state)
-    resumed.paths[0].load_state_dict({**state, "loss_scale": 1.0})
+        resumed.paths[0].residuals.load_state_dict(state)
+    resumed.paths[0].residuals.load_state_dict({**state, "loss_scale": 1.0})
 
 
 # ----------------------------------------------------------------------------- parts

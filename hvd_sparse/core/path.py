@@ -13,7 +13,7 @@ bytes are carried by the `Exchange` it was given.
 | the stages, in detail | `outbound`, `inbound`; of many small tensors at once `fused` |
 | what ranks decide alike: route, layout, k, digest | `plan` |
 | one gradient on its way | `flight` |
-| what was not sent | `memory`; saved and loaded: `residuals` |
+| what was not sent | `memory`; saved, loaded, thrown away: `residuals`, `undo` |
 | gradients that are multiplied with a loss scale | `scaling` |
 
 One path serves one group of ranks. A peer that disagrees becomes a `PayloadError`
@@ -21,7 +21,6 @@ before its data is used.
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from typing import Any
 
 from hvd_sparse.core.contracts import (
     Array,
@@ -41,6 +40,7 @@ from hvd_sparse.core.residuals import Residuals
 from hvd_sparse.core.routing import Dense
 from hvd_sparse.core.scaling import LossScale
 from hvd_sparse.core.traffic import Traffic
+from hvd_sparse.core.undo import Undo
 
 
 class GradientPath:
@@ -55,6 +55,7 @@ class GradientPath:
         dense: Dense | None = None,
         memory: Memory | None = None,
         loss_scale: Callable[[], float] | None = None,
+        undo: bool = False,
     ) -> None:
         """Join the parts.
 
@@ -65,6 +66,7 @@ class GradientPath:
             dense: which tensors go dense; WhenCheaper() unless given.
             memory: what keeps the rest; ErrorFeedback() unless given.
             loss_scale: what gradients are multiplied with, asked in `begin`.
+            undo: keep what `residuals.discard` needs.
 
         Raises:
             TypeError: sparsifier has no select method, dense is no rule, or one of them
@@ -76,7 +78,10 @@ class GradientPath:
         self.traffic = Traffic()
         self.plan = Plan(sparsifier, exchange, op, dense)
         self.scaling = LossScale(loss_scale, self.plan, self.memory)
-        self._residuals = Residuals(self.plan, self.memory, self.traffic, exchange)
+        self._undo = Undo(self.plan, self.memory) if undo else None
+        self.residuals = Residuals(
+            self.plan, self.memory, exchange, self.traffic, self.scaling, self._undo
+        )
         fused = Fused(self.memory, exchange)
         self._there = Outbound(self.memory, exchange, fused)
         self._back = Inbound(
@@ -89,14 +94,16 @@ class GradientPath:
         Raises:
             ValueError: the scale changed by something else than a power of two.
         """
-        self.scaling.begin(self._residuals.waiting)
+        if self._undo:
+            self._undo.begin()
+        self.scaling.begin(self.residuals.waiting)
 
     def admit(self, name: str, gradient: Array) -> Tensor:
         """What is known about this tensor; raises as `send` does."""
         tensor = self.plan.find(name, gradient)
         if tensor is None:
             self.plan.check(name, gradient)
-            kept = self._residuals.put_in_place(name, gradient)
+            kept = self.residuals.put_in_place(name, gradient)
             tensor = self.plan.enter(name, gradient, *kept)
         return tensor
 
@@ -125,6 +132,9 @@ class GradientPath:
         bucket = [(Flight(self.admit(n, g)), g) for n, g in gradients.items()]
         for flight, _ in bucket:
             flight.check_on_ground()
+        if self._undo:
+            for flight, gradient in bucket:
+                self._undo.note(flight.tensor, gradient)
         try:
             self._there.select(bucket, in_place)
             self._there.start(bucket)
@@ -173,39 +183,7 @@ class GradientPath:
     def keep(self, name: str, gradient: Array) -> None:
         """Accumulate and send nothing: a step was given up before it was sent."""
         tensor = self.admit(name, gradient)
+        if self._undo:
+            self._undo.note(tensor, gradient)
         if not tensor.dense:
             self.memory.accumulate(name, gradient.reshape(-1))
-
-    # ------------------------------------------------------------------------ state
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that a restart needs, as copies; it belongs to this rank.
-
-        In the middle of a step, what is on its way is part of the residuals, as if its
-        exchange had failed: nothing is lost.
-        """
-        self.scaling.put_back()
-        return self._residuals.saved()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where state_dict was called, bitwise.
-
-        Raises:
-            ValueError: the state belongs to another rank, size or configuration, or a
-                tensor of it has another shape or dtype here (then, or at its first
-                use); the text has names, expected and found.
-        """
-        self._residuals.load(state, scaled=self.scaling.is_used)
-        self.scaling.overflowed = False
-
-    def adopt(self, state: dict[str, Any]) -> None:
-        """Continue from a state of this process in another group of ranks.
-
-        Routes are decided anew, since they depend on how many ranks there are.
-        """
-        self._residuals.adopt(state)
-        self.scaling.overflowed = False
-
-    def forget(self, name: str) -> None:
-        """Drop what is kept of a tensor that is gone; it is not under way."""
-        self._residuals.forget(name)

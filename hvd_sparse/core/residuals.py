@@ -1,6 +1,5 @@
-"""What a restart needs of a path: residuals and steps, saved and loaded."""
+"""Residuals and steps of a path, beside its steps: saved, loaded, thrown away."""
 
-from copy import copy
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,9 @@ import numpy as np
 from hvd_sparse.core.contracts import Array, Exchange, Memory
 from hvd_sparse.core.flight import last_sent
 from hvd_sparse.core.plan import Plan, Tensor, dtype_of
+from hvd_sparse.core.scaling import LossScale
 from hvd_sparse.core.traffic import Traffic
+from hvd_sparse.core.undo import Undo, copied
 from hvd_sparse.kernels import kernels_for
 
 STATE_FORMAT = 1
@@ -22,17 +23,30 @@ class Residuals:
     """
 
     def __init__(
-        self, plan: Plan, memory: Memory, traffic: Traffic, exchange: Exchange
+        self,
+        plan: Plan,
+        memory: Memory,
+        exchange: Exchange,
+        traffic: Traffic,
+        scaling: LossScale,
+        undo: Undo | None,
     ) -> None:
-        """Nothing is loaded."""
+        """Nothing is loaded. Args: undo: None where no step can be thrown away."""
         self.waiting: dict[str, dict[str, Any]] = {}
         self._plan = plan
         self._memory = memory
-        self._traffic = traffic
         self._exchange = exchange
+        self._traffic = traffic
+        self._scaling = scaling
+        self._undo = undo
 
-    def saved(self) -> dict[str, Any]:
-        """All that a restart needs, as copies."""
+    def state_dict(self) -> dict[str, Any]:
+        """All that a restart needs, as copies; it belongs to this rank.
+
+        In the middle of a step, what is on its way is part of the residuals, as if its
+        exchange had failed: nothing is lost.
+        """
+        self._scaling.put_back()
         plan = self._plan
         scaled = {} if plan.loss_scale is None else {"loss_scale": plan.loss_scale}
         return {
@@ -45,7 +59,7 @@ class Residuals:
             "tensors": {
                 # loaded and not used since: still waiting, so still part of the state
                 **{
-                    name: {"chosen": 0, **saved, "residual": _copy(saved["residual"])}
+                    name: {"chosen": 0, **saved, "residual": copied(saved["residual"])}
                     for name, saved in self.waiting.items()
                 },
                 **{
@@ -57,14 +71,20 @@ class Residuals:
 
     def _kept(self, tensor: Tensor) -> Array | None:
         """A copy of its residual, with what is on its way."""
-        residual = _copy(self._memory.residuals.get(tensor.name))
+        residual = copied(self._memory.residuals.get(tensor.name))
         if tensor.in_flight and residual is not None:
             sent = last_sent(tensor, tensor.header)
             kernels_for(residual).add_at(residual, sent.indices, sent.values)
         return residual
 
-    def load(self, state: dict[str, Any], *, scaled: bool) -> None:
-        """Continue where the state was saved; raises as GradientPath says."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where state_dict was called, bitwise.
+
+        Raises:
+            ValueError: the state belongs to another rank, size or configuration, or a
+                tensor of it has another shape or dtype here (then, or at its first
+                use); the text has names, expected and found.
+        """
         for key, *here in (
             ("format", STATE_FORMAT),
             ("size", self._exchange.size),
@@ -75,7 +95,7 @@ class Residuals:
                 raise ValueError(
                     f"state was saved with {key} {state.get(key)}, expected {here[0]}"
                 )
-        _check_scale(state, scaled=scaled)
+        _check_scale(state, scaled=self._scaling.is_used)
         saved = state["tensors"]
         for name, tensor in self._plan.tensors.items():
             if name in saved:
@@ -94,6 +114,9 @@ class Residuals:
         self.waiting = {name: dict(saved) for name, saved in state["tensors"].items()}
         self._memory.residuals.clear()
         self._traffic.steps = state["step"]
+        self._scaling.overflowed = False
+        if self._undo:
+            self._undo.forget()
 
     def put_in_place(self, name: str, gradient: Array) -> tuple[int, int]:
         """Put a loaded residual where its gradient is; returns step and chosen."""
@@ -106,10 +129,34 @@ class Residuals:
         del self.waiting[name]
         return int(saved["step"]), int(saved.get("chosen", 0))
 
+    def take(self, name: str) -> Array | None:
+        """The whole residual of a tensor that goes dense by now; it is gone then."""
+        residual = self._memory.residuals.pop(name, None)
+        if self._undo and residual is not None:
+            self._undo.took(name, residual)
+        return residual
+
     def forget(self, name: str) -> None:
         """Drop what is kept of a tensor that is gone; it is not under way."""
         self._plan.tensors.pop(name, None)
         self._memory.residuals.pop(name, None)
+        if self._undo:
+            self._undo.forget(name)
+
+    def discard(self) -> None:
+        """Throw the last step away: residuals and steps are what they were, bitwise.
+
+        Collective: a rank that does not is at another step than its peers.
+
+        Raises:
+            RuntimeError: it was not asked for with `undo`, there is no step since the
+                last one that was thrown away, or its exchange is under way.
+        """
+        if self._undo is None:
+            raise RuntimeError(
+                "discard() needs undo=True, which keeps a copy of every residual"
+            )
+        self._undo.discard()
 
 
 def copy_to(out: Array, source: Any) -> None:
@@ -154,10 +201,3 @@ def _check_loaded(
             f"{name}: state has shape {found[0]} and dtype {found[1]}, expected "
             f"{shape} and {dtype}"
         )
-
-
-def _copy(array: Array | None) -> Array | None:
-    """In memory of its own; a state may hold arrays of any framework."""
-    if isinstance(array, np.ndarray) or array is None:
-        return copy(array)
-    return array.clone() if hasattr(array, "clone") else copy(array)

@@ -153,6 +153,7 @@ class SparseCompressor:
         prefix: str = "hvd_sparse",
         process_set: Any = None,
         timeout_s: float = 600,
+        undo: bool = False,
     ) -> None:
         """Decide what to send; no communication yet.
 
@@ -166,6 +167,8 @@ class SparseCompressor:
             process_set: the one that is given to the optimizer, if any.
             timeout_s: seconds in which nothing moves after which to give up and shut
                 Horovod down; a warning is logged at 60.
+            undo: keep a copy of every residual, so that `discard` can bring it back:
+                memory of the gradients' size, and one pass more over it.
 
         Raises:
             TypeError: sparsifier can not select.
@@ -180,7 +183,9 @@ class SparseCompressor:
         self._process_set = process_set
         padded = getattr(sparsifier, "density", None) is None
         self._exchange = _GraphExchange(self._group, padded=padded)
-        self._path = GradientPath(sparsifier, self._exchange, op=op, dense=dense)
+        self._path = GradientPath(
+            sparsifier, self._exchange, op=op, dense=dense, undo=undo
+        )
         self._prefix = prefix
         self._flights: dict[str, Flight] = {}
         self._outs = Buffers()
@@ -280,6 +285,7 @@ class SparseCompressor:
         """
         with self._lock:
             self._forget()
+            self._path.begin()
             names = self._names.named(description)
             for place in dense:
                 if (tensor := self._dense.get(names[place])) is not None:
@@ -404,7 +410,7 @@ class SparseCompressor:
             tensor = self._path.plan.tensors.get(name)
             if tensor is not None and tensor.in_flight:
                 continue
-            self._path.forget(name)
+            self._path.residuals.forget(name)
             self._outs.forget(name)
             self._dense.pop(name, None)
             self._flights.pop(name, None)
@@ -450,6 +456,30 @@ class SparseCompressor:
         """
         return self._path.traffic
 
+    @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
+    def discard(self) -> None:
+        """Throw away what Horovod's tape has averaged last: it is used in no way.
+
+        Residuals are what they were before, bitwise. Collective: every rank calls it
+        before the next gradients. In a tf.function it is an operation, which runs where
+        it stands; tf.cond decides whether. Keras optimizers exchange and update in one,
+        so there is nothing in between to throw away.
+
+        Raises:
+            RuntimeError: undo=True was not given, or nothing was exchanged since the
+                last time; from within a graph TensorFlow wraps it in an error of its
+                own.
+        """
+
+        def run() -> None:
+            with self._lock:
+                self._path.residuals.discard()
+
+        if tf.inside_function():
+            tf.numpy_function(run, [], [])
+        else:
+            run()
+
     # ---------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
@@ -462,7 +492,7 @@ class SparseCompressor:
         gc.collect()  # ranks must agree on which variables live
         with self._lock:
             self._forget()
-            state = self._path.state_dict()
+            state = self._path.residuals.state_dict()
             return as_tensors({**state, "variables": self._names.saved()})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -475,7 +505,8 @@ class SparseCompressor:
         with self._lock:
             self._forget()
             loaded = self._names.loaded(state)
-            self._path.load_state_dict(complete(loaded, self._path.state_dict()))
+            residuals = self._path.residuals
+            residuals.load_state_dict(complete(loaded, residuals.state_dict()))
             self._names.adopt(loaded)
             self._flights.clear()
             self._watchdog.forget()

@@ -173,6 +173,19 @@ class Gradients:
             self.reduce.report(error)
             raise
 
+    @_do_not_convert  # type: ignore[untyped-decorator]
+    def discard(self) -> None:
+        """Throw the last exchange away; in a graph, when that runs."""
+
+        def run() -> None:
+            with self._lock:
+                self.reduce.discard()
+
+        if tf.inside_function():
+            tf.numpy_function(run, [], [])
+        else:
+            run()
+
     # ---------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
@@ -253,23 +266,33 @@ def _unpack(blobs: list[Array], values: Array, indices: Array) -> tuple[Array, A
 
 
 def _make(
-    sparsifier: Sparsifier, comm: Any, op: int, dense: Dense, timeout_s: float
+    sparsifier: Sparsifier,
+    comm: Any,
+    op: int,
+    dense: Dense,
+    timeout_s: float,
+    undo: bool = False,
 ) -> Gradients:
     reduce = SparseAllreduce(
-        sparsifier, comm=comm, op=op, dense=dense, timeout_s=timeout_s
+        sparsifier, comm=comm, op=op, dense=dense, timeout_s=timeout_s, undo=undo
     )
     return Gradients(reduce, Op(op))
 
 
 def _shared(
-    sparsifier: Sparsifier, comm: Any, op: int, dense: Dense, timeout_s: float
+    sparsifier: Sparsifier,
+    comm: Any,
+    op: int,
+    dense: Dense,
+    timeout_s: float,
+    undo: bool,
 ) -> Gradients:
     """Those of earlier tapes of the same communicator and configuration."""
-    make = partial(_make, sparsifier, comm, op, dense, timeout_s)
+    make = partial(_make, sparsifier, comm, op, dense, timeout_s, undo)
     if not hasattr(comm, "Get_attr") or not comm:
         return make()  # which says what is wrong with it
     parts = describe(sparsifier, "sparsifier"), op, describe(dense, "dense")
-    return join(comm, Configuration(type(comm), *parts, timeout_s), make)
+    return join(comm, Configuration(type(comm), *parts, timeout_s, undo), make)
 
 
 def _world() -> Any:
@@ -309,6 +332,7 @@ class DistributedGradientTape:
         op: int = Average,
         dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
         timeout_s: float = 600,
+        undo: bool = False,
     ) -> None:
         """Wrap a tape; every rank of comm must call this.
 
@@ -319,6 +343,8 @@ class DistributedGradientTape:
             op: hvd_sparse.Average over the ranks of comm, or hvd_sparse.Sum.
             dense: which tensors go dense: WhenCheaper() or Never().
             timeout_s: seconds to wait for peers in a step; a warning comes at 60.
+            undo: keep a copy of every residual, so that `discard` can bring it back:
+                memory of the gradients' size, and one pass more over it.
 
         Raises:
             TypeError: tape is no tf.GradientTape.
@@ -329,7 +355,7 @@ class DistributedGradientTape:
             raise TypeError(f"tape must be a tf.GradientTape, got {kind}")
         self._tape = tape
         self._comm = _world() if comm is None else comm
-        self._sparse = _shared(sparsifier, self._comm, op, dense, timeout_s)
+        self._sparse = _shared(sparsifier, self._comm, op, dense, timeout_s, undo)
         self._closed = False
 
     def __enter__(self) -> "DistributedGradientTape":
@@ -363,6 +389,20 @@ class DistributedGradientTape:
         if not of:
             return gradients
         return tf.nest.pack_sequence_as(gradients, self._sparse.exchange(flat, of))
+
+    def discard(self) -> None:
+        """Throw the gradients of the last `gradient` away: they are used in no way.
+
+        Residuals are what they were before, bitwise. Collective: every rank calls it,
+        before the next `gradient` of a tape that shares them. In a tf.function it is an
+        operation, which runs where it stands; tf.cond decides whether.
+
+        Raises:
+            RuntimeError: undo=True was not given, or nothing was exchanged since the
+                last time; from within a graph TensorFlow wraps it in an error of its
+                own.
+        """
+        self._sparse.discard()
 
     @property
     def traffic(self) -> Traffic:

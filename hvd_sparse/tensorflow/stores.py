@@ -29,6 +29,7 @@ class Configuration(NamedTuple):
     op: int
     dense: str
     timeout_s: float
+    undo: bool
 
 
 class _Shared:

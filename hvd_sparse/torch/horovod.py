@@ -174,6 +174,7 @@ class SparseCompressor:
         process_set: Any = None,
         timeout_s: float = 600,
         scaler: Any = None,
+        undo: bool = False,
     ) -> None:
         """Decide what to send; no communication yet.
 
@@ -192,6 +193,8 @@ class SparseCompressor:
                 Horovod down; a warning is logged at 60.
             scaler: the GradScaler, where there is one, so that residuals follow its
                 scale and a step that it skips leaves what was sent in them.
+            undo: keep a copy of every residual, so that `discard` can bring it back:
+                memory of the gradients' size, and one pass more over it.
 
         Raises:
             TypeError: sparsifier can not select, exchange is no carrier, or scaler can
@@ -225,6 +228,7 @@ class SparseCompressor:
             op=expected,
             dense=dense,
             loss_scale=scale_of(scaler),
+            undo=undo,
         )
         if op is None:
             self._path.plan.op_name = "the optimizer's"
@@ -469,7 +473,7 @@ class SparseCompressor:
         may be read and share its memory.
         """
         gradient = context.place.memory
-        waiting = self._path.memory.residuals.pop(context.name, None)
+        waiting = self._path.residuals.take(context.name)
         if waiting is not None:  # it went sparse while there were fewer ranks
             rest = torch.as_tensor(waiting).view_as(gradient)
             gradient = gradient + rest.to(gradient)
@@ -650,6 +654,27 @@ class SparseCompressor:
         """Bytes sent and received so far."""
         return self._path.traffic
 
+    def discard(self) -> None:
+        """Throw away what the optimizer has synchronized, in place of a step.
+
+        Residuals are what they were before, bitwise. Collective: every rank calls it
+        between `optimizer.synchronize()` and its next backward pass. In the next step,
+        ranks that differ get an ExchangeError that names tensor, rank and step, but
+        with Embedded(), whose ranks may be apart. Gradients are still the results: zero
+        them.
+
+        Raises:
+            RuntimeError: undo=True was not given, nothing was exchanged since the last
+                time, or it is not complete.
+        """
+        with self._lock:
+            if self._under_way:
+                raise RuntimeError(
+                    f"{min(self._under_way)}: its exchange is under way: call "
+                    "optimizer.synchronize() before discard()"
+                )
+            self._path.residuals.discard()
+
     # ---------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
@@ -663,7 +688,7 @@ class SparseCompressor:
             nothing that goes sparse is lost, as if that step had been given up.
         """
         with self._lock:
-            state = self._path.state_dict()
+            state = self._path.residuals.state_dict()
             for context in self._waiting.values():
                 if not context.place.changed:
                     _add_waiting(state["tensors"][context.name], context)
@@ -680,7 +705,7 @@ class SparseCompressor:
         with self._lock:
             self._check_between_steps()
             self._forget_flights()
-            self._path.load_state_dict(on_host(state))
+            self._path.residuals.load_state_dict(on_host(state))
 
     def _check_between_steps(self) -> None:
         """Or what is under way would be handed back, or lost, in the new state."""
@@ -702,7 +727,7 @@ class SparseCompressor:
         """
         with self._lock:
             self._forget_flights()
-            self._path.adopt(on_host(state))
+            self._path.residuals.adopt(on_host(state))
 
     def _forget_flights(self) -> None:
         for context in self._under_way.values():

@@ -56,13 +56,14 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
     backward_passes_per_step: int = 1,
     timeout_s: float = 600,
     scaler: Any = None,
+    undo: bool = False,
 ) -> Any:
     """Make an optimizer average sparsified gradients over MPI ranks before each step.
 
     The optimizer itself is changed, and returned: it stays an instance of its class,
     keeps its state and its learning-rate schedulers, and its state_dict is what it was.
     New are `synchronize`, `skip_synchronize`, `residual_state_dict`,
-    `load_residual_state_dict`, `traffic` and `close`.
+    `load_residual_state_dict`, `discard`, `traffic` and `close`.
 
     Several may hold one parameter. Each exchanges what the backward pass left in
     `p.grad`, and steps with its own result; `p.grad` is that of the last one. A result
@@ -83,6 +84,8 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
         timeout_s: seconds to wait for peers in a step; a warning comes at 60.
         scaler: the GradScaler, where there is one, so that residuals follow its scale
             and a step that it skips leaves what was sent in them.
+        undo: keep a copy of every residual, so that `discard` can bring it back: memory
+            of the gradients' size, and one pass more over it.
 
     Returns:
         The same optimizer.
@@ -111,6 +114,7 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
         dense=dense,
         timeout_s=timeout_s,
         scaler=scaler,
+        undo=undo,
     )
     distributed: Any = optimizer
     distributed.__class__ = _distributed_class(type(optimizer))
@@ -429,6 +433,27 @@ class _Distributed:
                 )
         self._sparse.reduce.load_state_dict(on_host(state))
         self._sparse.kinds = dict(state["kinds"])
+
+    def discard(self) -> None:
+        """Throw away what `synchronize` has exchanged, in place of a step.
+
+        Residuals are what they were before, bitwise. Collective: every rank calls it,
+        before its next backward pass. Gradients are still the results: zero them.
+
+        Example:
+            optimizer.synchronize()
+            if torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) > 100:
+                optimizer.discard()  # the same norm, and so the same way, on every rank
+            else:
+                with optimizer.skip_synchronize():
+                    optimizer.step()
+
+        Raises:
+            RuntimeError: undo=True was not given, or nothing was exchanged since the
+                last time.
+        """
+        self._sparse.reduce.discard()
+        self._sparse.turns.synchronized = False
 
     def close(self) -> None:
         """Free the private communicator; collective."""

@@ -309,20 +309,81 @@ def test_a_state_of_the_middle_of_a_step_has_what_is_on_its_way(sparsifier):
         reduce.load_state_dict(state)  # as if the exchange had failed
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AttributeError, reason="a step can not be thrown away yet"
-)
 @pytest.mark.parametrize("sparsifier", SPARSIFIERS, ids=repr)
 def test_a_step_that_is_thrown_away_leaves_no_trace(sparsifier):
     bad = {name: g * g.dtype.type(1e30) for name, g in gradients(1).items()}
-    with SparseAllreduce(sparsifier, comm=COMM, dense=Never()) as reduce:
-        reduce.grouped_allreduce(gradients(0))
+    options = {"comm": COMM, "dense": Never(), "timeout_s": 20}
+    with (
+        SparseAllreduce(sparsifier, **options, undo=True) as reduce,
+        SparseAllreduce(sparsifier, **options) as spared,  # the bad step
+    ):
+        for each in (reduce, spared):
+            each.grouped_allreduce(gradients(0))
         before = reduce.state_dict()["tensors"]
         reduce.grouped_allreduce(bad)
         reduce.discard()
         after = reduce.state_dict()["tensors"]
         for name, saved in before.items():
-            np.testing.assert_array_equal(after[name]["residual"], saved["residual"])
+            assert saved["residual"].tobytes() == after[name]["residual"].tobytes()
+            assert saved["step"] == after[name]["step"]
+        for step in range(2, 4):
+            found = reduce.grouped_allreduce(gradients(step))
+            for name, wanted in spared.grouped_allreduce(gradients(step)).items():
+                assert found[name].tobytes() == wanted.tobytes()
+
+
+@pytest.mark.ranks
+def test_the_same_step_can_not_be_thrown_away_twice_nor_without_undo():
+    given = {"w": np.ones(8, np.float32)}
+    options = {"comm": COMM, "dense": Never(), "timeout_s": 20}
+    with SparseAllreduce(TopK(0.5), **options, undo=True) as reduce:
+        with pytest.raises(RuntimeError, match=r"no step that discard\(\) could"):
+            reduce.discard()
+        reduce.grouped_allreduce(given)
+        reduce.discard()
+        with pytest.raises(RuntimeError, match=r"no step that discard\(\) could"):
+            reduce.discard()
+        reduce.start(given)
+        with pytest.raises(RuntimeError, match=r"finish\(\) must come before discard"):
+            reduce.discard()
+        reduce.finish()
+    with SparseAllreduce(TopK(0.5), **options) as reduce:
+        reduce.grouped_allreduce(given)
+        with pytest.raises(RuntimeError, match=r"discard\(\) needs undo=True"):
+            reduce.discard()
+
+
+@pytest.mark.ranks
+@several
+def test_a_rank_that_throws_a_step_away_alone_is_an_error_on_all():
+    given = {"w": np.ones(8, np.float32)}
+    reduce = SparseAllreduce(
+        TopK(0.5), comm=COMM, dense=Never(), timeout_s=20, undo=True
+    )
+    reduce.grouped_allreduce(given)
+    reduce.grouped_allreduce(given)
+    if RANK == SIZE - 1:
+        reduce.discard()
+    expected = 2 if SIZE > 2 else r"[12]"  # of two ranks neither is the majority
+    with pytest.raises(
+        ExchangeError, match=rf"w: rank \d has step 1|expected {expected}"
+    ):
+        reduce.grouped_allreduce(given)
+
+
+def test_what_a_failed_exchange_brought_back_can_be_thrown_away():
+    given = {"w": np.ones(8, np.float32)}
+    with SparseAllreduce(
+        Every(0), comm=MPI.COMM_SELF, dense=Never(), undo=True
+    ) as reduce:
+        reduce.grouped_allreduce(given)
+        before = reduce.state_dict()["tensors"]["w"]["residual"]
+        reduce.start(given)
+        with pytest.raises(ZeroDivisionError):
+            reduce.finish(lambda outs: 1 / 0)
+        reduce.discard()
+        after = reduce.state_dict()["tensors"]["w"]["residual"]
+        np.testing.assert_array_equal(after, before)
 
 
 @pytest.mark.ranks

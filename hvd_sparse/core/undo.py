@@ -1,0 +1,94 @@
+"""Undo: what residuals were before the last step, so that it can be thrown away.
+
+Subtracting what was added would not do: (r + g) - g is not r where g is large. So it is
+a copy of each residual, which costs memory of the gradient's size and a pass over it.
+"""
+
+from copy import copy
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hvd_sparse.core.contracts import Array, Memory
+from hvd_sparse.core.plan import Plan, Tensor
+
+
+class _Before(NamedTuple):
+    step: int
+    chosen: int
+
+
+class Undo:
+    """Of one path."""
+
+    def __init__(self, plan: Plan, memory: Memory) -> None:
+        """No step yet."""
+        self._plan = plan
+        self._memory = memory
+        self._copies: dict[str, Array] = {}
+        self._last: dict[str, _Before] = {}  # of the tensors of the last step
+        self._taken: dict[str, Array] = {}  # whole residuals that went with it
+
+    def begin(self) -> None:
+        """A step begins: the one before it can not be thrown away any more."""
+        self._last.clear()
+        self._taken.clear()
+
+    def took(self, name: str, residual: Array) -> None:
+        """A residual goes as a whole, with a gradient that goes dense."""
+        self._taken[name] = residual
+
+    def note(self, tensor: Tensor, gradient: Array) -> None:
+        """Before the gradient comes into its residual."""
+        name = tensor.name
+        if name in self._last:
+            return
+        if not tensor.dense:
+            residual, copy = (
+                self._memory.residual(name, gradient),
+                self._copies.get(name),
+            )
+            if copy is None:
+                self._copies[name] = copied(residual)
+            else:
+                copy[...] = residual
+        self._last[name] = _Before(tensor.header.step, tensor.chosen)
+
+    def discard(self) -> None:
+        """Bring back what was before, bit by bit.
+
+        Raises:
+            RuntimeError: there is no step, or it is under way.
+        """
+        tensors = {name: self._plan.tensors[name] for name in self._last}
+        under_way = sorted(name for name, t in tensors.items() if t.in_flight)
+        if under_way:
+            raise RuntimeError(
+                f"{under_way[0]}: its exchange is under way: discard() must follow it"
+            )
+        if not tensors:
+            raise RuntimeError("there is no step that discard() could throw away")
+        for name, tensor in tensors.items():
+            if not tensor.dense:
+                self._memory.residuals[name][...] = self._copies[name]
+            tensor.at_step(self._last[name].step)
+            tensor.chosen = self._last[name].chosen
+            tensor.delivered = False
+        self._memory.residuals.update(self._taken)
+        self.begin()
+
+    def forget(self, name: str | None = None) -> None:
+        """Of a tensor that is gone; of all of them where another state is loaded."""
+        for each in (
+            [name] if name is not None else [*self._copies, *self._last, *self._taken]
+        ):
+            self._copies.pop(each, None)
+            self._last.pop(each, None)
+            self._taken.pop(each, None)
+
+
+def copied(array: Any) -> Any:
+    """In memory of its own: an array of any framework, or None."""
+    if isinstance(array, np.ndarray) or array is None:
+        return copy(array)
+    return array.clone() if hasattr(array, "clone") else copy(array)
