@@ -1,7 +1,7 @@
 """What a small tensor costs the processor: microseconds of a step beside the elements.
 
-    python benchmarks/per_tensor.py                          # NumPy, plain MPI: 1 minute
-    launch/horovodrun.sh -n 2 benchmarks/per_tensor.py       # Horovod, PyTorch
+    python benchmarks/per_tensor.py                       # over plain MPI, 1 minute
+    launch/horovodrun.sh -n 2 benchmarks/per_tensor.py    # Horovod, PyTorch
     python benchmarks/per_tensor.py --json FILE
 
 A model of 161 float32 tensors of 512 elements each, TopK at 1 %, all of them sparse: a

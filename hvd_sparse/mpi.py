@@ -134,6 +134,11 @@ class SparseAllreduce:
         return self._path.scaling.is_used
 
     @property
+    def can_discard(self) -> bool:
+        """Whether it was made with undo=True."""
+        return self._path.residuals.can_discard
+
+    @property
     def traffic(self) -> Traffic:
         """Bytes sent and received so far."""
         return self._path.traffic
@@ -383,7 +388,7 @@ class SparseAllreduce:
             self._exchange.step = state["step"]
 
     def discard(self) -> None:
-        """Throw the last exchange away: residuals and steps are what they were, bitwise.
+        """Throw the last exchange away: residuals, steps are what they were, bitwise.
 
         Collective: every rank calls it after the same exchange and before the next, and
         uses the results in no way. In the next one, ranks that differ get an

@@ -143,6 +143,11 @@ class Residuals:
         if self._undo:
             self._undo.forget(name)
 
+    @property
+    def can_discard(self) -> bool:
+        """Whether copies are kept for it."""
+        return self._undo is not None
+
     def discard(self) -> None:
         """Throw the last step away: residuals and steps are what they were, bitwise.
 

@@ -55,6 +55,7 @@ from hvd_sparse.torch.names import Caller, ParameterNames, find_caller
 from hvd_sparse.torch.places import Place, Places
 from hvd_sparse.torch.scaling import refuse_before_exchange
 from hvd_sparse.torch.states import as_tensors, on_host, viewed
+from hvd_sparse.torch.unused import Unused
 from hvd_sparse.torch.wrapped import (
     enlist,
     exchanging,
@@ -240,6 +241,8 @@ class SparseCompressor:
         self._planned = False
         self._arriving = False  # results of this step
         self._before_closure = False
+        self._unused = Unused()
+        self._stepping = False
         self._optimizer: weakref.ref[Any] | None = None
         self._adviser = Adviser(advise, sparsifier)
         self._elastic = elastic.is_elastic()
@@ -299,6 +302,9 @@ class SparseCompressor:
 
     def _begin(self, caller: Caller | None) -> None:
         """The first gradient of a step."""
+        if caller is not None and caller.synchronizing:  # no backward pass since
+            self._unused.forget()
+        self._throw_away()
         self._path.begin()
         self._contended.clear()
         if caller is None:
@@ -308,6 +314,15 @@ class SparseCompressor:
             raise unsent(joined[0])
         if not self._planned:
             self._plan(caller.optimizer)
+
+    def _throw_away(self) -> None:
+        """The step before, if nothing became of it."""
+        if not self._unused.is_thrown_away():
+            return
+        if self._path.residuals.can_discard:
+            self._path.residuals.discard()
+        else:
+            self._unused.warn(stacklevel=5)
 
     def _is_idle(self, caller: Caller, parameter: Tensor) -> bool:
         """Whether there is nothing to send, nor would the result be of use.
@@ -357,8 +372,15 @@ class SparseCompressor:
                 else:
                     self._receive(tensor, ctx)
             assert ctx.result is not None
+            if not (self._stepping or self._path.scaling.is_used):
+                self._note(ctx.place.parameter, ctx.result)
             self._contended.keep(ctx.name, ctx.place, ctx.result)
             return ctx.place.seen(ctx.result)
+
+    def _note(self, parameter: Tensor | None, result: Tensor) -> None:
+        """After `synchronize`, by the user, who may do with it what he likes."""
+        if parameter is not None:
+            self._unused.note(parameter, result)
 
     # ---------------------------------------------------------------------- there
 
@@ -637,6 +659,8 @@ class SparseCompressor:
         self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         with self._lock:
+            self._stepping = True
+            self._unused.forget()
             late = [] if optimizer._should_synchronize else with_gradients(optimizer)
             enlist(optimizer, self._names)
             if late:
@@ -647,6 +671,7 @@ class SparseCompressor:
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         del optimizer, args, kwargs
+        self._stepping = False
         self._contended.stepped()
 
     @property
@@ -674,6 +699,7 @@ class SparseCompressor:
                     "optimizer.synchronize() before discard()"
                 )
             self._path.residuals.discard()
+            self._unused.forget()
 
     # ---------------------------------------------------------------------- state
 

@@ -35,6 +35,7 @@ from hvd_sparse.torch.scaling import (
 from hvd_sparse.torch.sharing import give_own_memory
 from hvd_sparse.torch.states import as_tensors, on_host, viewed
 from hvd_sparse.torch.turns import Turns
+from hvd_sparse.torch.unused import Unused
 
 Array = npt.NDArray[Any]
 Tensor = torch.Tensor
@@ -145,6 +146,7 @@ class _Gradients:
         self.skip = False
         self._adviser = Adviser(advise, reduce.sparsifier)
         self.kinds: dict[str, str] = {}  # dense or rows, the same on every rank
+        self.unused = Unused()
         self._hooks: dict[str, Any] = {}
         weakref.finalize(self, _remove, self._hooks).atexit = False
         self.watch_backward(parameters.held())
@@ -164,12 +166,32 @@ class _Gradients:
             self._adviser.step(optimizer, self.reduce.rank, stacklevel=4)
             held = self.parameters.held()
             self.watch_backward(held)
+            self._throw_away(stacklevel=4)
             self.turns.begin(held)
         try:
             with Uninterrupted():  # also between the exchanges of a step
                 return self._exchange(held, loss)
         finally:
             self.turns.end()
+
+    def synchronize(self) -> None:
+        """By the user, in whose hands the results are now."""
+        self.exchange()
+        self.turns.synchronized = True
+        if not self.reduce.is_scaled:  # else the scaler says what becomes of them
+            for parameter in self.parameters.held().values():
+                if parameter.grad is not None:
+                    self.unused.note(parameter, parameter.grad)
+
+    def _throw_away(self, stacklevel: int) -> None:
+        """The step before, if nothing became of it."""
+        if self.turns.synchronized:  # no backward pass since
+            self.unused.forget()
+        elif self.unused.is_thrown_away():
+            if self.reduce.can_discard:
+                self.reduce.discard()
+            else:
+                self.unused.warn(stacklevel + 1)
 
     def _exchange(self, held: dict[str, Tensor], loss: Any) -> Any:
         with self._reported():
@@ -347,6 +369,7 @@ class _Distributed:
         options: dict[str, Any],
     ) -> Any:
         turns = self._sparse.turns
+        self._sparse.unused.forget()
         if turns.synchronized:
             turns.recall(self._sparse.parameters.held())
         turns.synchronized = False
@@ -380,9 +403,12 @@ class _Distributed:
         return _blank, (own_class,), super().__getstate__()  # type: ignore[misc]
 
     def synchronize(self) -> None:
-        """Exchange the gradients now, to clip them say; see skip_synchronize."""
-        self._sparse.exchange()
-        self._sparse.turns.synchronized = True
+        """Exchange the gradients now, to clip them say; see skip_synchronize.
+
+        Another backward pass without a step throws the results away, as with `discard`,
+        if undo=True was given; else what was sent is lost, which is warned of once.
+        """
+        self._sparse.synchronize()
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -453,6 +479,7 @@ class _Distributed:
                 last time.
         """
         self._sparse.reduce.discard()
+        self._sparse.unused.forget()
         self._sparse.turns.synchronized = False
 
     def close(self) -> None:
