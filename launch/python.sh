@@ -95,8 +95,8 @@ KERAS_2="TensorFlow 2.15, which has wheels for Python 3.10 and 3.11"
 # from elsewhere does, too.
 why_no_horovod() {
     case $(version_here) in
-        3.1[012]) ;;
-        *) echo "needs Horovod, which was built with Python 3.10 to 3.12" ;;
+        3.1[0123]) ;;
+        *) echo "needs Horovod, which was built with Python 3.10 to 3.13" ;;
     esac
 }
 

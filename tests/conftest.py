@@ -4,6 +4,7 @@ A fixture is one table of `laws`, so that a new row is tested at once.
 """
 
 import os
+import signal
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -89,6 +90,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return file if file in KEPT_TOGETHER else nodeid
 
     return Scheduling(config, log)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def heeds_ctrl_c() -> None:
+    """A shell lets what it starts in the background ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 KERNELS_ARE_LOOKED_UP_IN = (

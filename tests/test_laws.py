@@ -667,7 +667,7 @@ def test_a_state_of_another_job_is_refused_by_name(other: Ranks, message: str) -
 def test_a_state_of_another_rank_is_refused_by_name() -> None:
     here, there = stateful().paths
     with pytest.raises(ValueError, match="state was saved with rank 1, expected 0"):
-        here.load_state_dict(there.state_dict())
+        here.residuals.load_state_dict(there.residuals.state_dict())
 
 
 def test_a_state_of_another_format_is_refused_by_name() -> None:

@@ -372,14 +372,14 @@ class SparseCompressor:
                 else:
                     self._receive(tensor, ctx)
             assert ctx.result is not None
-            if not (self._stepping or self._path.scaling.is_used):
-                self._note(ctx.place.parameter, ctx.result)
+            self._note(ctx.place.parameter, ctx.result)
             self._contended.keep(ctx.name, ctx.place, ctx.result)
             return ctx.place.seen(ctx.result)
 
     def _note(self, parameter: Tensor | None, result: Tensor) -> None:
         """After `synchronize`, by the user, who may do with it what he likes."""
-        if parameter is not None:
+        own = self._stepping or self._optimizer is None or self._path.scaling.is_used
+        if parameter is not None and not own:
             self._unused.note(parameter, result)
 
     # ---------------------------------------------------------------------- there

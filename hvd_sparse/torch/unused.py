@@ -23,6 +23,7 @@ _PLACES = 4
 
 class _Sample(NamedTuple):
     parameter: "weakref.ref[Tensor]"
+    shape: torch.Size
     places: Tensor
     weights: Tensor
 
@@ -44,9 +45,9 @@ class Unused:
         if result.layout is not torch.strided:
             result = result.coalesce().to_dense()
         found = result.detach().reshape(-1)[:_LOOKED_AT].nonzero().flatten()[:_PLACES]
-        if found.numel():
-            weights = parameter.detach().reshape(-1)[found]
-            self._samples.append(_Sample(weakref.ref(parameter), found, weights))
+        if found.numel() and result.shape == parameter.shape:
+            shape, weights = parameter.shape, parameter.detach().reshape(-1)[found]
+            self._samples.append(_Sample(weakref.ref(parameter), shape, found, weights))
 
     def forget(self) -> None:
         """It was used, or another one takes its place."""
@@ -75,7 +76,7 @@ class Unused:
 
 def _is_unchanged(sample: _Sample) -> bool:
     parameter = sample.parameter()
-    if parameter is None:
+    if parameter is None or parameter.shape != sample.shape:
         return False
     weights = parameter.detach().reshape(-1)
     return torch.equal(weights[sample.places], sample.weights)
