@@ -237,10 +237,9 @@ class SparseAllreduce:
         gradients = {n: _array(n, g) for n, g in gradients.items()}
         given = out or {}
         _check_outs(gradients, given)
-        for name, gradient in gradients.items():  # none is selected if one is refused
-            if out is None:
+        if out is None:
+            for name, gradient in gradients.items():
                 _check_on_host(name, gradient)
-            self._path.admit(name, gradient)
         bucket = {name: gradients[name] for name in sorted(gradients)}
         in_place = {n for n, g in bucket.items() if given.get(n) is g}
         if 0 < len(in_place) < len(bucket):  # else none of them shares, as outs do not
@@ -513,16 +512,21 @@ def _check_outs(gradients: Mapping[str, Array], outs: Mapping[str, Array]) -> No
 
 
 def _check_out(name: str, gradient: Array, out: Array) -> None:
+    if out is not gradient:
+        _check_alike(name, gradient, out)
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
+        raise ValueError(f"{name}: out is read-only")
+    if repeats(out):
+        raise ValueError(f"{name}: out has elements that share memory")
+
+
+def _check_alike(name: str, gradient: Array, out: Array) -> None:
     if out.shape != gradient.shape or out.dtype != gradient.dtype:
         raise ValueError(
             f"{name}: out has shape {tuple(out.shape)} and dtype {out.dtype}, expected "
             f"{tuple(gradient.shape)} and {gradient.dtype} as the gradient"
         )
     _refuse_odd_kinds(name, "out", out)
-    if isinstance(out, np.ndarray) and not out.flags.writeable:
-        raise ValueError(f"{name}: out is read-only")
-    if repeats(out):
-        raise ValueError(f"{name}: out has elements that share memory")
 
 
 def _names_in(pairs: list[tuple[str, str]]) -> frozenset[str]:

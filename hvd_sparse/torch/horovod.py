@@ -55,7 +55,7 @@ from hvd_sparse.torch.names import Caller, ParameterNames, find_caller
 from hvd_sparse.torch.places import Place, Places
 from hvd_sparse.torch.scaling import refuse_before_exchange
 from hvd_sparse.torch.states import as_tensors, on_host, viewed
-from hvd_sparse.torch.unused import Unused
+from hvd_sparse.torch.unused import Unused, looked_at
 from hvd_sparse.torch.wrapped import (
     enlist,
     exchanging,
@@ -242,6 +242,7 @@ class SparseCompressor:
         self._arriving = False  # results of this step
         self._before_closure = False
         self._unused = Unused()
+        self._looked: set[str] = set()  # names of tensors that tell what is unused
         self._stepping = False
         self._optimizer: weakref.ref[Any] | None = None
         self._adviser = Adviser(advise, sparsifier)
@@ -372,15 +373,16 @@ class SparseCompressor:
                 else:
                     self._receive(tensor, ctx)
             assert ctx.result is not None
-            self._note(ctx.place.parameter, ctx.result)
+            self._note(ctx)
             self._contended.keep(ctx.name, ctx.place, ctx.result)
             return ctx.place.seen(ctx.result)
 
-    def _note(self, parameter: Tensor | None, result: Tensor) -> None:
+    def _note(self, ctx: Context) -> None:
         """After `synchronize`, by the user, who may do with it what he likes."""
-        own = self._stepping or self._optimizer is None or self._path.scaling.is_used
-        if parameter is not None and not own:
-            self._unused.note(parameter, result)
+        if self._stepping or self._path.scaling.is_used or ctx.name not in self._looked:
+            return
+        if ctx.place.parameter is not None and ctx.result is not None:
+            self._unused.note(ctx.place.parameter, ctx.result)
 
     # ---------------------------------------------------------------------- there
 
@@ -393,6 +395,9 @@ class SparseCompressor:
                 for p in optimizer._requires_update
                 if p in names and not self._path.plan.goes_dense(names[p], p)
             }
+        )
+        self._looked = looked_at(
+            names[p] for p in optimizer._requires_update if p in names
         )
         self._planned = True
 

@@ -35,7 +35,7 @@ from hvd_sparse.torch.scaling import (
 from hvd_sparse.torch.sharing import give_own_memory
 from hvd_sparse.torch.states import as_tensors, on_host, viewed
 from hvd_sparse.torch.turns import Turns
-from hvd_sparse.torch.unused import Unused
+from hvd_sparse.torch.unused import Unused, looked_at
 
 Array = npt.NDArray[Any]
 Tensor = torch.Tensor
@@ -178,10 +178,13 @@ class _Gradients:
         """By the user, in whose hands the results are now."""
         self.exchange()
         self.turns.synchronized = True
-        if not self.reduce.is_scaled:  # else the scaler says what becomes of them
-            for parameter in self.parameters.held().values():
-                if parameter.grad is not None:
-                    self.unused.note(parameter, parameter.grad)
+        if self.reduce.is_scaled:  # the scaler says what becomes of them
+            return
+        held = self.parameters.held()
+        for name in looked_at(n for n, p in held.items() if p.requires_grad):
+            parameter = held[name]
+            if parameter.grad is not None:
+                self.unused.note(parameter, parameter.grad)
 
     def _throw_away(self, stacklevel: int) -> None:
         """The step before, if nothing became of it."""

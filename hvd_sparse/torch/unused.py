@@ -3,29 +3,40 @@
 Scripts for dense gradients skip a bad batch so: synchronize, look at the norm, zero the
 gradients, go on. With error feedback what was sent is missing from the residuals by
 then. Whether a result was used, nobody says; it shows in the weights, and by the hooks
-of torch's optimizers. So that ranks find the same, they look at the same places: where
-the result, which is the same everywhere, is not 0.
+of torch's optimizers. So that ranks find the same, they look at the same places of the
+same tensors: where the result, which is the same everywhere, is not 0.
 """
 
 import warnings
 import weakref
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from hvd_sparse.torch.states import viewed
+
 Tensor = torch.Tensor
 
-_LOOKED_AT = 1 << 16  # elements of a result, from its first on
+_LOOKED_AT = (1 << 10, 1 << 16)  # elements of a result, from its first on
 _PLACES = 4
+_TENSORS = 32
+
+
+def looked_at(names: Iterable[str]) -> set[str]:
+    """Those tensors whose results tell; the same on every rank."""
+    held = sorted(names)
+    return set(held[:: -(-len(held) // _TENSORS) or 1])
 
 
 class _Sample(NamedTuple):
     parameter: "weakref.ref[Tensor]"
     shape: torch.Size
-    places: Tensor
-    weights: Tensor
+    places: Any
+    weights: Any
 
 
 class Unused:
@@ -42,12 +53,15 @@ class Unused:
 
     def note(self, parameter: Tensor, result: Tensor) -> None:
         """A result is about to be handed back, outside of a step."""
+        if result.shape != parameter.shape:
+            return
         if result.layout is not torch.strided:
             result = result.coalesce().to_dense()
-        found = result.detach().reshape(-1)[:_LOOKED_AT].nonzero().flatten()[:_PLACES]
-        if found.numel() and result.shape == parameter.shape:
-            shape, weights = parameter.shape, parameter.detach().reshape(-1)[found]
-            self._samples.append(_Sample(weakref.ref(parameter), shape, found, weights))
+        found = _not_zero(_flat(result))
+        if len(found):
+            weights = _flat(parameter)[found]
+            sample = _Sample(weakref.ref(parameter), parameter.shape, found, weights)
+            self._samples.append(sample)
 
     def forget(self) -> None:
         """It was used, or another one takes its place."""
@@ -74,12 +88,26 @@ class Unused:
         return any(id(parameter) in parameters for parameter in held)
 
 
+def _flat(tensor: Tensor) -> Any:
+    """As the path sees it: numpy, which is quicker, where it is in host memory."""
+    return viewed(tensor.detach()).reshape(-1)
+
+
+def _not_zero(result: Any) -> Any:
+    """The first places of a flat array, as far as it is looked at."""
+    for count in _LOOKED_AT:
+        part = result[:count] != 0
+        places = part.nonzero()[0] if isinstance(part, np.ndarray) else part.nonzero()
+        if len(places):
+            break
+    return places.reshape(-1)[:_PLACES]
+
+
 def _is_unchanged(sample: _Sample) -> bool:
     parameter = sample.parameter()
     if parameter is None or parameter.shape != sample.shape:
         return False
-    weights = parameter.detach().reshape(-1)
-    return torch.equal(weights[sample.places], sample.weights)
+    return bool((_flat(parameter)[sample.places] == sample.weights).all())
 
 
 @cache
