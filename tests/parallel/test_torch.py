@@ -572,7 +572,8 @@ def test_a_backward_pass_after_synchronize_is_exchanged_again():
     optimizer.synchronize()  # and the user drops this step
     model.zero_grad()
     loss_of(model, 1).backward()
-    optimizer.step()
+    with pytest.warns(UserWarning, match="no step used its results"):
+        optimizer.step()
     assert optimizer.traffic.steps == 2
     assert replicas_agree(model)
     optimizer.close()
