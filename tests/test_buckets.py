@@ -190,12 +190,12 @@ class Refusing:
         self.refused = refused
 
     def select(self, residual: Any, gradient: Any, k: int, step: int) -> Selection:
-        if residual.size == self.refused:
-            raise RuntimeError("no")
         residual += gradient
         indices = np.arange(k, dtype=np.int32)
         values = residual[:k].copy()
         residual[:k] = 0
+        if residual.size == self.refused:  # in the midst of its work
+            raise RuntimeError("no")
         return Selection(indices, values, 0)
 
 
@@ -227,7 +227,7 @@ def test_gradients_of_a_bucket_that_does_not_leave_are_in_the_residuals(
 
 
 @pytest.mark.parametrize("fails", SEVERAL)
-def test_a_sparsifier_that_raises_spoils_no_other_tensor_of_its_bucket(
+def test_a_bucket_of_which_a_users_sparsifier_raises_is_in_the_residuals(
     fails: str,
 ) -> None:
     [end] = loopback(1)
@@ -236,7 +236,7 @@ def test_a_sparsifier_that_raises_spoils_no_other_tensor_of_its_bucket(
     gradients = several(0, 0)
     with pytest.raises(RuntimeError, match="no"):
         path.send(gradients)
-    for name in set(gradients) - {fails}:
+    for name in gradients:
         same_bits(path.memory.residuals[name], gradients[name].reshape(-1))
 
 

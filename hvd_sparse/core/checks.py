@@ -1,31 +1,19 @@
 """What a user's own sparsifier may get wrong, found before it becomes a payload."""
 
-from contextlib import suppress
-
 import numpy as np
 
-from hvd_sparse.core.contracts import Array, Memory, Selection
+from hvd_sparse.core.contracts import Array, Selection
 from hvd_sparse.core.plan import Tensor, dtype_of
-from hvd_sparse.kernels.reference import check_indices, check_places
+from hvd_sparse.kernels.reference import check_indices
 
 
-def check_selection(tensor: Tensor, selection: Selection, memory: Memory) -> None:
-    """Refuse a selection that peers could not read; what it took is put back.
+def check_selection(tensor: Tensor, selection: Selection) -> None:
+    """Refuse a selection that peers could not read.
 
     Raises:
         ValueError: indices are not int32, do not ascend or are not k; values are not of
             the residual's dtype.
     """
-    if tensor.trusted:
-        return
-    try:
-        _check(tensor, selection)
-    except ValueError:
-        _put_back(tensor, selection, memory)
-        raise
-
-
-def _check(tensor: Tensor, selection: Selection) -> None:
     name, indices, values = tensor.name, selection.indices, selection.values
     count, k = indices.shape[0], tensor.header.k
     if dtype_of(indices) != "int32":
@@ -45,16 +33,6 @@ def _check(tensor: Tensor, selection: Selection) -> None:
         raise ValueError(
             f"{name}: {count} indices were selected, but {values.shape[0]} values"
         )
-
-
-def _put_back(tensor: Tensor, selection: Selection, memory: Memory) -> None:
-    """As far as it can be told where it was."""
-    indices, values = _on_host(selection.indices), selection.values
-    if indices.shape == values.shape and indices.dtype.kind in "iu":
-        places, first = np.unique(indices, return_index=True)
-        with suppress(IndexError):
-            check_places(places, tensor.header.n)
-            memory.restore(tensor.name, places, values[first])
 
 
 def _on_host(indices: Array) -> Array:

@@ -10,6 +10,7 @@ from hvd_sparse.core.flight import Flight
 from hvd_sparse.core.fused import Fused, Pair, alike
 from hvd_sparse.core.payload import VALUES_ONLY, Bytes, encode
 from hvd_sparse.core.plan import Tensor
+from hvd_sparse.core.undo import copied
 
 _CACHED = 1 << 16  # elements, below which another pass over a gradient costs little
 
@@ -41,15 +42,31 @@ class Outbound:
         """One alone; its residual takes the gradient and keeps what is not selected."""
         tensor, flat = flight.tensor, _flat(gradient)
         flight.cleared = in_place and tensor.clears and is_flat(gradient)
-        residual = self._memory.residual(tensor.name, gradient)
         flight.accumulated = True
-        selection = tensor.select(residual, flat, flat if flight.cleared else None)
-        check_selection(tensor, selection, self._memory)
+        if tensor.trusted:
+            residual = self._memory.residual(tensor.name, gradient)
+            out = flat if flight.cleared else None
+            selection = tensor.select(residual, flat, out)
+        else:
+            selection = self._select_by_users(tensor, flat)
         tensor.chosen = selection.indices.shape[0]
         tensor.payload = self._encode(tensor, selection)
         tensor.in_flight = True
         if tensor.header.layout == VALUES_ONLY:
             flight.indices = selection.indices
+
+    def _select_by_users(self, tensor: Tensor, flat: Array) -> Selection:
+        """A user's sparsifier may raise, or be refused, at any point of its work."""
+        residual = self._memory.residual(tensor.name, flat)
+        before = copied(residual)
+        try:
+            selection = tensor.select(residual, flat, None)
+            check_selection(tensor, selection)
+        except BaseException:
+            residual[...] = before
+            self._memory.accumulate(tensor.name, flat)
+            raise
+        return selection
 
     def _encode(self, tensor: Tensor, selection: Selection) -> Bytes:
         """Its payload; from here on what was selected is in there, or back again."""

@@ -98,6 +98,11 @@ class GradientPath:
             self._undo.begin()
         self.scaling.begin(self.residuals.waiting)
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Per name, what is known about those that were admitted."""
+        return self.plan.tensors
+
     def admit(self, name: str, gradient: Array) -> Tensor:
         """What is known about this tensor; raises as `send` does."""
         tensor = self.plan.find(name, gradient)
