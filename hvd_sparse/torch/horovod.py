@@ -454,18 +454,19 @@ class SparseCompressor:
     def _send_together(self, names: Iterable[str]) -> None:
         """Send those of these tensors that wait."""
         contexts = [self._waiting[name] for name in names if name in self._waiting]
+        gradients = {context.name: context.array for context in contexts}
         try:
             for context in contexts:
                 if context.place.changed:
                     raise changed(context.name)
-                self._path.admit(context.name, context.array)
+                self._path.admit(context.name, gradients[context.name])
         except BaseException:
             self._abandon(contexts)
             for context in contexts:
                 self._keep_what_is_right(context)
             raise
         try:
-            flights = self._path.send({c.name: c.array for c in contexts})
+            flights = self._path.send(gradients)
         except BaseException:
             self._abandon(contexts)
             raise
