@@ -126,7 +126,7 @@ def test_nonfinite_elements_stay_out_and_every_rank_is_told(value: float) -> Non
     outs = buckets.step(gradients)
     for rank, path in enumerate(buckets.paths):
         assert np.isnan(outs[rank]["c"]).all()
-        assert all(np.isfinite(outs[rank][name]).all() for name in "abd")
+        assert all(np.isfinite(outs[rank][name]).all() for name in ("a", "b", "d"))
         added = gradients[rank]["c"]
         finite = np.isfinite(added)
         expected = np.where(finite, before[rank] + added, before[rank])
@@ -269,7 +269,7 @@ def test_what_arrived_otherwise_than_expected_is_received_one_by_one() -> None:
     buckets.paths[0].receive(buckets.flights[0], outs)
     found = dict(zip(SEVERAL, outs, strict=True))
     assert np.isnan(found["c"]).all()
-    assert all(np.isfinite(found[name]).all() for name in "abd")
+    assert all(np.isfinite(found[name]).all() for name in ("a", "b", "d"))
 
 
 def test_a_damaged_payload_of_a_bucket_is_an_error_that_names_the_tensor() -> None:
