@@ -178,6 +178,23 @@ def test_a_gradient_that_is_kept_is_sent_with_the_next_one(
     same_bits(path.memory.residuals[name], (added[0] + added[1]).reshape(-1))
 
 
+@pytest.mark.parametrize("gives_up", ["before it is sent", "after"])
+def test_what_was_given_up_stays_when_the_next_gradient_is_thrown_away(
+    gives_up: str,
+) -> None:
+    [end] = loopback(1)
+    path = GradientPath(TopK(0.05), end, dense=Never(), undo=True)
+    first, second = (several(step, 0)["c"] for step in range(2))
+    path.begin()
+    if gives_up == "after":
+        path.recall([send(path, first)])
+    else:
+        path.keep("w", first)
+    path.receive([send(path, second)], [np.empty_like(second)])
+    path.residuals.discard()
+    same_bits(path.memory.residuals["w"], first)
+
+
 # ------------------------------------------------------------------ all or nothing
 
 

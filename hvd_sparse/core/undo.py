@@ -39,10 +39,11 @@ class Undo:
         self._taken[name] = residual
 
     def note(self, tensor: Tensor, gradient: Array) -> None:
-        """Before the gradient comes into its residual."""
+        """Before the gradient comes into its residual.
+
+        Where another one of the same step was given up, that one stays.
+        """
         name = tensor.name
-        if name in self._last:
-            return
         if not tensor.dense:
             residual, copy = (
                 self._memory.residual(name, gradient),
