@@ -28,11 +28,13 @@ class Undo:
         self._copies: dict[str, Array] = {}
         self._last: dict[str, _Before] = {}  # of the tensors of the last step
         self._taken: dict[str, Array] = {}  # whole residuals that went with it
+        self._begun = False
 
     def begin(self) -> None:
         """A step begins: the one before it can not be thrown away any more."""
         self._last.clear()
         self._taken.clear()
+        self._begun = True  # also if all of it goes dense, of which nothing waits
 
     def took(self, name: str, residual: Array) -> None:
         """A residual goes as a whole, with a gradient that goes dense."""
@@ -45,14 +47,12 @@ class Undo:
         """
         name = tensor.name
         if not tensor.dense:
-            residual, copy = (
-                self._memory.residual(name, gradient),
-                self._copies.get(name),
-            )
-            if copy is None:
-                self._copies[name] = copied(residual)
+            residual = self._memory.residual(name, gradient)
+            if name in self._copies:
+                self._copies[name][...] = residual
             else:
-                copy[...] = residual
+                self._copies[name] = copied(residual)
+        self._begun = True
         self._last[name] = _Before(tensor.header.step, tensor.chosen)
 
     def discard(self) -> None:
@@ -67,7 +67,7 @@ class Undo:
             raise RuntimeError(
                 f"{under_way[0]}: its exchange is under way: discard() must follow it"
             )
-        if not tensors:
+        if not self._begun:
             raise RuntimeError("there is no step that discard() could throw away")
         for name, tensor in tensors.items():
             if not tensor.dense:
@@ -77,15 +77,13 @@ class Undo:
             tensor.delivered = False
         self._memory.residuals.update(self._taken)
         self.begin()
+        self._begun = False
 
     def forget(self, name: str | None = None) -> None:
         """Of a tensor that is gone; of all of them where another state is loaded."""
-        for each in (
-            [name] if name is not None else [*self._copies, *self._last, *self._taken]
-        ):
-            self._copies.pop(each, None)
-            self._last.pop(each, None)
-            self._taken.pop(each, None)
+        for kept in (self._copies, self._last, self._taken):
+            for each in [name] if name is not None else [*kept]:
+                kept.pop(each, None)
 
 
 def copied(array: Any) -> Any:

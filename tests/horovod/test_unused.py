@@ -8,7 +8,14 @@ import torch
 from torch import nn
 from unused import CORRECT, skipping, train
 
-from hvd_sparse.torch import Embedded, Gathered, Never, SparseCompressor, TopK
+from hvd_sparse.torch import (
+    Embedded,
+    Gathered,
+    Never,
+    SparseCompressor,
+    TopK,
+    WhenCheaper,
+)
 
 CARRIERS = [Gathered(), Embedded()]
 
@@ -18,13 +25,13 @@ def gradient_of(name, step):
     return torch.randn(300, generator=generator)
 
 
-def trained(script, steps, undo, carrier, density=0.01, bad=()):
+def trained(script, steps, undo, carrier, density=0.01, bad=(), dense=None):
     """Weights and residuals after a run."""
     model = nn.ParameterDict({name: nn.Parameter(torch.zeros(300)) for name in "ab"})
     compression = SparseCompressor(
         TopK(density),
         named_parameters=model.items(),
-        dense=Never(),
+        dense=dense or Never(),
         exchange=carrier,
         timeout_s=60,
         undo=undo,
@@ -36,7 +43,8 @@ def trained(script, steps, undo, carrier, density=0.01, bad=()):
     )
     train(model, optimizer, script, gradient_of, steps, bad)
     saved = compression.state_dict()["tensors"]
-    return [p.detach() for p in model.values()], [t["residual"] for t in saved.values()]
+    waiting = [t["residual"] for t in saved.values() if not dense]
+    return [p.detach() for p in model.values()], waiting
 
 
 def same(one, other):
@@ -70,3 +78,11 @@ def test_a_step_that_is_left_out_is_warned_of_once_without_undo(carrier):
     said = [str(w.message) for w in caught if "no step used" in str(w.message)]
     assert len(said) == 1
     assert "give undo=True" in said[0]
+
+
+def test_a_step_of_which_all_went_dense_can_be_thrown_away_too():
+    found, expected = (
+        trained(skipping, steps, True, Gathered(), 1.0, [2, 3], WhenCheaper())
+        for steps in (range(6), [0, 1, 4, 5])
+    )
+    same(found, expected)

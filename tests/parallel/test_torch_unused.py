@@ -9,7 +9,7 @@ from torch import nn
 from unused import CORRECT, skipping, train
 
 import hvd_sparse.torch as sparse
-from hvd_sparse import Never, TopK
+from hvd_sparse import Never, TopK, WhenCheaper
 
 COMM = MPI.COMM_WORLD
 RANK = COMM.rank
@@ -22,7 +22,7 @@ def gradient_of(name, step):
     return torch.randn(300, generator=generator)
 
 
-def trained(script, steps, undo, density=0.01, bad=()):
+def trained(script, steps, undo, density=0.01, bad=(), dense=None):
     """Weights and residuals after a run."""
     model = nn.ParameterDict({name: nn.Parameter(torch.zeros(300)) for name in "ab"})
     optimizer = sparse.DistributedOptimizer(
@@ -30,14 +30,15 @@ def trained(script, steps, undo, density=0.01, bad=()):
         TopK(density),
         named_parameters=model.items(),
         comm=COMM,
-        dense=Never(),
+        dense=dense or Never(),
         timeout_s=20,
         undo=undo,
     )
     train(model, optimizer, script, gradient_of, steps, bad)
     saved = optimizer.residual_state_dict()["tensors"]
     optimizer.close()
-    return [p.detach() for p in model.values()], [t["residual"] for t in saved.values()]
+    waiting = [t["residual"] for t in saved.values() if not dense]
+    return [p.detach() for p in model.values()], waiting
 
 
 def same(one, other):
@@ -71,3 +72,11 @@ def test_a_step_that_is_left_out_is_warned_of_once_without_undo():
     assert len(said) == 1
     assert "give undo=True" in said[0]
     assert [w.filename for w in caught if "no step used" in str(w.message)]
+
+
+def test_a_step_of_which_all_went_dense_can_be_thrown_away_too():
+    found, expected = (
+        trained(skipping, steps, True, 1.0, [2, 3], WhenCheaper())
+        for steps in (range(6), [0, 1, 4, 5])
+    )
+    same(found, expected)
