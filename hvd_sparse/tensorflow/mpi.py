@@ -36,6 +36,7 @@ from hvd_sparse.tensorflow.loss_scales import (
     skips_steps,
     times,
 )
+from hvd_sparse.tensorflow.marking import marked
 from hvd_sparse.tensorflow.names import VariableNames
 from hvd_sparse.tensorflow.states import as_tensors, complete
 from hvd_sparse.tensorflow.stores import Configuration, join, leave
@@ -456,7 +457,8 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
     `traffic` and `close`. With loss scaling wrap the LossScaleOptimizer, not the
     optimizer inside it, which a rank would skip alone: residuals follow its scale, and
     steps are skipped on all ranks or on none. In a saved model the optimizer is the
-    plain one, of which saving warns: `load_model` brings it back distributed.
+    plain one, of which saving and Keras's own load_model warn: `load_model` of this
+    package brings it back distributed.
 
     Args:
         optimizer: of Keras 2 (also legacy) or Keras 3.
@@ -523,10 +525,13 @@ class _Distributed:
 
     def get_config(self) -> Any:
         """The optimizer's own; it does not say how to distribute a copy."""
-        if not self._warned and is_saving():
+        config: Any = super().get_config()  # type: ignore[misc]
+        if not is_saving():
+            return config
+        if not self._warned:
             object.__setattr__(self, "_warned", True)
             warnings.warn(_SAVED, stacklevel=2)
-        return super().get_config()  # type: ignore[misc]
+        return marked(config)
 
     def _see_built(self) -> None:
         """Variables that it was built with have an order that all ranks know."""

@@ -2,7 +2,8 @@
 
 In the file the optimizer is the plain one, so that whoever has Keras can load it, and
 Keras's own load_model brings a plain one back, with which every rank would train by
-itself. Saving warns of it, and `load_model` brings a distributed one back.
+itself. Saving warns of it, loading too (see `marking`), and `load_model` brings a
+distributed one back.
 """
 
 from os import PathLike
@@ -12,7 +13,10 @@ import tensorflow as tf
 
 from hvd_sparse.core.contracts import Average, Sparsifier
 from hvd_sparse.core.routing import Dense, WhenCheaper
+from hvd_sparse.tensorflow.marking import expecting, watch_loading
 from hvd_sparse.tensorflow.mpi import DistributedOptimizer
+
+watch_loading()  # in every process that may go on to train what it loads
 
 
 def load_model(
@@ -45,7 +49,8 @@ def load_model(
     Raises:
         ValueError: there is no optimizer in the file.
     """
-    model = tf.keras.models.load_model(path, **options)
+    with expecting():
+        model = tf.keras.models.load_model(path, **options)
     optimizer = getattr(model, "optimizer", None)
     if optimizer is None:
         raise ValueError(

@@ -1,5 +1,8 @@
 """The TensorFlow doors over real MPI, Keras 2 or 3; at any number of ranks."""
 
+import os
+import subprocess
+import sys
 import warnings
 from typing import ClassVar
 
@@ -516,8 +519,15 @@ def test_a_saved_model_comes_back_distributed_and_saving_says_how(tmp_path, exte
     fit(model, x[40:], y[40:])
     optimizer.close()
 
+    with pytest.warns(UserWarning, match=r"is not any more: .*tensorflow\.load_model"):
+        plain = tf.keras.models.load_model(path)
+    assert not hasattr(plain.optimizer, "traffic")
+    assert plain.optimizer.get_config()["name"] == optimizer.get_config()["name"]
+
     options = {"comm": COMM, "dense": Never(), "timeout_s": 20}
-    loaded = sparse.load_model(path, TopK(0.05), **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the optimizer of the loaded model")
+        loaded = sparse.load_model(path, TopK(0.05), **options)
     assert type(loaded.optimizer).__name__ == "Adam"
     loaded.optimizer.load_residual_state_dict(state)
     fit(loaded, x[40:], y[40:])
@@ -527,6 +537,39 @@ def test_a_saved_model_comes_back_distributed_and_saving_says_how(tmp_path, exte
         assert int(loaded.optimizer.iterations) == 10
         assert bits(loaded) == bits(model)
     loaded.optimizer.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*HDF5 file", "ignore:the optimizer in the saved")
+@pytest.mark.parametrize("extension", FORMATS)
+def test_a_saved_model_can_be_loaded_without_this_package(tmp_path, extension):
+    model, path = perceptron(), f"{tmp_path}/model{extension}"
+    optimizer = distribute(optimizer_of("Adam"))
+    model.compile(optimizer, "mse", jit_compile=False)
+    x, y = data()
+    fit(model, x[:40], y[:40])
+    model.save(path)
+    optimizer.close()
+    code = "import sys, tensorflow as tf; m = tf.keras.models.load_model(sys.argv[1]); "
+    code += "print(type(m.optimizer).__name__); assert 'hvd_sparse' not in sys.modules"
+    command = [sys.executable, "-c", code, path]
+    clean = {n: v for n, v in os.environ.items() if not n.startswith(("OMPI", "PM"))}
+    ended = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=clean
+    )
+    assert ended.stdout.split()[-1:] == ["Adam"], ended.stderr[-2000:]
+
+
+@pytest.mark.filterwarnings("ignore:.*HDF5 file")
+@pytest.mark.parametrize("extension", FORMATS)
+def test_loading_says_nothing_of_a_model_that_was_not_distributed(tmp_path, extension):
+    model, path = perceptron(), f"{tmp_path}/model{extension}"
+    model.compile(optimizer_of("Adam"), "mse", jit_compile=False)
+    x, y = data()
+    fit(model, x[:40], y[:40])
+    model.save(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the optimizer")
+        tf.keras.models.load_model(path)
 
 
 def test_a_model_without_an_optimizer_is_refused_by_name(tmp_path):
