@@ -53,10 +53,8 @@ class Unused:
 
     def note(self, parameter: Tensor, result: Tensor) -> None:
         """A result is about to be handed back, outside of a step."""
-        if result.shape != parameter.shape:
+        if result.shape != parameter.shape or not _is_cheap(parameter, result):
             return
-        if result.layout is not torch.strided:
-            result = result.coalesce().to_dense()
         found = _not_zero(_flat(result))
         if len(found):
             weights = _flat(parameter)[found]
@@ -86,6 +84,11 @@ class Unused:
     def _holds_any(self, parameters: set[int]) -> bool:
         held = (sample.parameter() for sample in self._samples)
         return any(id(parameter) in parameters for parameter in held)
+
+
+def _is_cheap(*tensors: Tensor) -> bool:
+    """Whether some of their elements can be read without a copy of them all."""
+    return all(t.layout is torch.strided and t.is_contiguous() for t in tensors)
 
 
 def _flat(tensor: Tensor) -> Any:
