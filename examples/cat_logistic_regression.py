@@ -42,9 +42,10 @@ from hvd_sparse import (
     TopK,
 )
 from hvd_sparse.core.costs import Message
+from hvd_sparse.core.formats import Float32, Sign
 from hvd_sparse.core.levels import Levels
 from hvd_sparse.core.payload import Header, encode
-from hvd_sparse.core.sparsifiers import elements
+from hvd_sparse.core.sparsifiers import elements, format_of
 
 FORMATS = {"paper": PaperPayload(value_bits=32), "wire": Payload()}
 COSTS = {  # bytes; the headers of UDP over Ethernet, the packets of the paper
@@ -171,7 +172,7 @@ def send(
     density = getattr(sparsifier, "density", None)
     k = d if density is None else elements(density, d)
     selection = sparsifier.select(residual, gradient, k, step)
-    header = Header(sparsifier.layout, str(gradient.dtype), d, k, step, 0)
+    header = Header(format_of(sparsifier).layout, str(gradient.dtype), d, k, step, 0)
     _, values = encode(selection, header)
     residual[selection.indices] += selection.values - values
     return Sent(selection.indices, values, selection.indices.size)
@@ -275,17 +276,17 @@ def runs(
     """Rows of the table, each with its losses and what was spent until each."""
     d = whole.rows.shape[1]
     fixed = {
-        ("gd", d): (None, 1),
-        **{("fixed", t): (TopK(density=t / d), 1) for t in FIXED if t < d},
-        ("alistarh", None): (SignTopK.alistarh(), 3),
+        ("gd", d): (None, Float32()),
+        **{("fixed", t): (TopK(density=t / d), Float32()) for t in FIXED if t < d},
+        ("alistarh", None): (SignTopK.alistarh(), Sign()),
     }
-    for (method, size), (sparsifier, layout) in fixed.items():
+    for (method, size), (sparsifier, form) in fixed.items():
         run = train(whole, sparsifier, workers, "float64", limit, keep)
         for cost in COSTS:
             spent = {}
             for name, format in FORMATS.items():
                 price = COSTS[cost](Dense() if method == "gd" else format)
-                spent[name] = run, run.spent(price, Message(layout, "float32", d))
+                spent[name] = run, run.spent(price, Message(form, "float32", d))
             yield row(method, cost, workers, spent, size)
     for method, scheme in SCHEMES.items():
         for cost, priced in COSTS.items():
@@ -295,7 +296,7 @@ def runs(
                 dtype = {"paper": "float64", "wire": "float32"}[name]
                 cat = ExactCAT(scheme, priced(format), most=MOST)
                 run = train(whole, cat, workers, dtype, limit, keep)
-                message = Message(cat.layout, "float32", d)
+                message = Message(cat.values, "float32", d)
                 spent[name] = run, run.spent(priced(format), message)
             yield row(method, cost, workers, spent, None)
 

@@ -28,6 +28,7 @@ from hvd_sparse.core.adaptive import CAT, ExactCAT
 from hvd_sparse.core.contracts import (
     Average,
     ExchangeError,
+    Format,
     Op,
     PayloadError,
     Selection,
@@ -35,6 +36,7 @@ from hvd_sparse.core.contracts import (
     Sum,
 )
 from hvd_sparse.core.costs import Affine, Packet, PaperPayload, Payload
+from hvd_sparse.core.formats import Float32, Sign
 from hvd_sparse.core.routing import Never, WhenCheaper
 from hvd_sparse.core.sparsifiers import RandomK, SignTopK, Threshold, TopK
 from hvd_sparse.core.state import checkpoint_path
@@ -49,6 +51,8 @@ __all__ = [
     "Embedded",
     "ExactCAT",
     "ExchangeError",
+    "Float32",
+    "Format",
     "Gathered",
     "Never",
     "Op",
@@ -59,6 +63,7 @@ __all__ = [
     "QualityWarning",
     "RandomK",
     "Selection",
+    "Sign",
     "SignTopK",
     "Sparsifier",
     "Stochastic",

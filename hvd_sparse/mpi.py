@@ -13,6 +13,7 @@ from hvd_sparse.core import costs
 from hvd_sparse.core.contracts import Average, Sparsifier
 from hvd_sparse.core.costs import Measurement
 from hvd_sparse.core.flight import Flight
+from hvd_sparse.core.formats import Values
 from hvd_sparse.core.interrupts import Uninterrupted
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.routing import Dense, WhenCheaper
@@ -68,6 +69,7 @@ class SparseAllreduce:
         comm: Any = None,
         op: int = Average,
         dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
+        values: Values | None = None,
         timeout_s: float = 600,
         scaler: Any = None,
         undo: bool = False,
@@ -79,6 +81,8 @@ class SparseAllreduce:
             comm: an mpi4py communicator; MPI.COMM_WORLD unless given.
             op: hvd_sparse.Average over the ranks of comm, or hvd_sparse.Sum.
             dense: which tensors go dense: WhenCheaper() or Never().
+            values: how values travel: Float32(), or Sign(), which takes half the bytes;
+                unless given as the sparsifier is made for.
             timeout_s: seconds to wait for peers in a step; a warning comes at 60.
             scaler: what has get_scale(), the number that gradients are multiplied with,
                 the same on every rank. A step with a result that is not finite must not
@@ -98,6 +102,7 @@ class SparseAllreduce:
                 self._exchange,
                 op=op,
                 dense=dense,
+                values=values,
                 loss_scale=scale_of(scaler),
                 undo=undo,
             )

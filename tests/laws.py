@@ -25,8 +25,10 @@ from hvd_sparse import (
     TopK,
 )
 from hvd_sparse.core.flight import Flight
+from hvd_sparse.core.formats import Sign
 from hvd_sparse.core.path import GradientPath
-from hvd_sparse.core.payload import SIGNS, VALUES_ONLY, decode
+from hvd_sparse.core.payload import decode
+from hvd_sparse.core.sparsifiers import format_of
 from hvd_sparse.kernels import host, reference
 
 try:
@@ -137,7 +139,7 @@ EVERY: dict[str, Callable[[float], Any]] = {
 
 def rounds(sparsifier: Any) -> bool:
     """Whether values are rounded on the wire."""
-    return getattr(sparsifier, "layout", 0) == SIGNS
+    return format_of(sparsifier) == Sign()
 
 
 DTYPES = {
@@ -348,9 +350,15 @@ class Ranks:
         *,
         op: int = Average,
         dense: Any = None,
+        values: Any = None,
         loss_scale: Any = None,
     ) -> None:
-        given = {"op": op, "dense": dense or Never(), "loss_scale": loss_scale}
+        given = {
+            "op": op,
+            "dense": dense or Never(),
+            "values": values,
+            "loss_scale": loss_scale,
+        }
         self.paths = [GradientPath(sparsifier, e, **given) for e in loopback(size)]
         self.sent: list[Selection] = []
 
@@ -395,7 +403,7 @@ def on_the_wire(path: GradientPath, flight: Flight) -> Selection:
     name, place = flight.handle
     buffer = path.exchange.wires[path.exchange.rank][name][place]
     found = decode(buffer, flight.tensor.header, varies=flight.tensor.varies)
-    if flight.tensor.header.layout != VALUES_ONLY:
+    if not flight.tensor.unindexed:
         return found
     return found._replace(indices=as_numpy(flight.indices))
 

@@ -207,7 +207,7 @@ def chosen(cat: CAT, total: np.ndarray, hint: int = 0, kernels: Any = None) -> i
 def efficiency(cat: CAT, total: np.ndarray) -> np.ndarray:
     """Of every size, exactly."""
     sizes = every_size(total.size)
-    message = Message(cat.layout, str(total.dtype), total.size)
+    message = Message(cat.values, str(total.dtype), total.size)
     measure = cat.scheme.descent(exact_levels(total), sizes)
     return np.asarray(measure / cat.cost.of(sizes, message))
 
@@ -297,17 +297,17 @@ def test_dearer_messages_are_larger() -> None:
 @pytest.mark.parametrize("scheme", SCHEMES, ids=repr)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_sizes_are_those_that_doors_pad_payloads_to(scheme: Any, dtype: str) -> None:
-    message = Message(CAT(scheme, AFFINE).layout, dtype, 1_000_000)
+    message = Message(CAT(scheme, AFFINE).values, dtype, 1_000_000)
     sizes, costs = _coarse(AFFINE, message, 500_000)
     np.testing.assert_array_equal(costs, AFFINE.of(sizes, message))
     assert sizes[0] <= 2  # two signs are as many bytes as one
     assert sizes[-1] == 500_000
     assert sizes.size < 60
     for size in sizes[1:-1].tolist():
-        taken = payload_bytes(message.layout, dtype, size)
+        taken = payload_bytes(message.form, dtype, size)
         room = padded_bytes(taken)
         assert taken <= room
-        assert payload_bytes(message.layout, dtype, size + 1) > room
+        assert payload_bytes(message.form, dtype, size + 1) > room
 
 
 def test_the_grid_costs_one_percent_at_most_and_a_thousandth_on_average() -> None:

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from hvd_sparse import PayloadError, Selection
 from hvd_sparse.carriers import embed, extract, slot_floats
+from hvd_sparse.core.formats import Float32
 from hvd_sparse.core.payload import (
-    INDEXED,
     Header,
     encode,
     padded_bytes,
@@ -24,7 +24,7 @@ def payload(k: int, seed: int = 0, step: int = 5) -> np.ndarray:
     rng = np.random.default_rng([k, seed])
     values = rng.standard_normal(k).astype(np.float32)
     indices = np.arange(k, dtype=np.int32)
-    header = Header(INDEXED, "float32", 1000, k, step, 77)
+    header = Header(Float32().layout, "float32", 1000, k, step, 77)
     return encode(Selection(indices, values, 0), header)[0]
 
 

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from hvd_sparse import Affine, Packet, PaperPayload, Payload
 from hvd_sparse.core import costs
+from hvd_sparse.core.contracts import Format
 from hvd_sparse.core.costs import Message
-from hvd_sparse.core.payload import INDEXED, SIGNS, payload_bytes
+from hvd_sparse.core.formats import Float32, Sign
+from hvd_sparse.core.payload import payload_bytes
 
 EXAMPLES = [
     Payload(),
@@ -26,7 +28,7 @@ EXAMPLES = [
 ]
 MESSAGES = st.builds(
     Message,
-    layout=st.sampled_from([INDEXED, SIGNS]),
+    form=st.sampled_from([Float32(), Sign()]),
     dtype=st.sampled_from(["float32", "float64"]),
     n=st.integers(1, 2**31 - 1),
 )
@@ -65,23 +67,23 @@ def test_more_elements_never_cost_less_and_filled_ones_no_more(
 
 @given(message=MESSAGES, sizes=SIZES)
 def test_payload_counts_what_is_sent(message: Message, sizes: np.ndarray) -> None:
-    expected = [payload_bytes(message.layout, message.dtype, int(k)) for k in sizes]
+    expected = [payload_bytes(message.form, message.dtype, int(k)) for k in sizes]
     np.testing.assert_array_equal(Payload().of(sizes, message), expected)
 
 
 @pytest.mark.parametrize(
-    ("layout", "n", "size", "bits"),
+    ("form", "n", "size", "bits"),
     [
-        (INDEXED, 50_000, 7, 7 * (16 + 32)),
-        (INDEXED, 65_536, 1, 16 + 32),
-        (INDEXED, 65_537, 1, 17 + 32),
-        (SIGNS, 50_000, 7, 32 + 7 * 16),
+        (Float32(), 50_000, 7, 7 * (16 + 32)),
+        (Float32(), 65_536, 1, 16 + 32),
+        (Float32(), 65_537, 1, 17 + 32),
+        (Sign(), 50_000, 7, 32 + 7 * 16),
     ],
 )
 def test_paper_payload_counts_bits_as_the_paper_does(
-    layout: int, n: int, size: int, bits: int
+    form: Format, n: int, size: int, bits: int
 ) -> None:
-    message = Message(layout, "float64", n)
+    message = Message(form, "float64", n)
     found = PaperPayload().of(np.array([size]), message)
     assert found.tolist() == [bits / 8]
     affine = Affine(1.0, 54.0, PaperPayload())

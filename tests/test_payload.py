@@ -11,17 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_sparse import PayloadError, Selection
+from hvd_sparse.core.contracts import Format
+from hvd_sparse.core.formats import FORMATS, Float32, Sign, ValuesOnly, mean_magnitude
 from hvd_sparse.core.payload import (
     DTYPES,
     HEADER_BYTES,
-    INDEXED,
-    LAYOUTS,
-    SIGNS,
-    VALUES_ONLY,
     Header,
     decode,
     encode,
-    mean_magnitude,
     most_elements,
     payload_bytes,
     split,
@@ -36,7 +33,7 @@ FIXTURES = [
 
 HEADERS = st.builds(
     Header,
-    layout=st.sampled_from(LAYOUTS),
+    layout=st.sampled_from([*FORMATS]),
     dtype=st.sampled_from(sorted(DTYPES)),
     n=st.integers(200, 2**31 - 1),
     k=st.integers(0, 200),
@@ -56,7 +53,7 @@ def selected(header: Header, nonfinite: int = 0) -> Selection:
 
 
 def assert_holds(found: Selection, expected: Selection, layout: int) -> None:
-    indices = expected.indices[:0] if layout == VALUES_ONLY else expected.indices
+    indices = expected.indices[:0] if layout == ValuesOnly.layout else expected.indices
     assert found.indices.dtype == np.int32
     assert found.values.dtype == expected.values.dtype
     assert found.indices.tobytes() == indices.tobytes()
@@ -68,7 +65,7 @@ def assert_holds(found: Selection, expected: Selection, layout: int) -> None:
 def test_what_is_decoded_is_what_was_encoded(header: Header, nonfinite: int) -> None:
     selection = selected(header, nonfinite)
     buffer, sent = encode(selection, header)
-    assert (sent is selection.values) == (header.layout != SIGNS)  # else rounded
+    assert (sent is selection.values) == (header.layout != Sign.layout)  # else rounded
     received = selection._replace(values=sent)
     assert_holds(decode(buffer, header), received, header.layout)
 
@@ -78,15 +75,15 @@ def test_sizes_follow_from_k_alone_and_are_multiples_of_8(header: Header) -> Non
     buffer, _ = encode(selected(header), header)
     value = 8 if header.dtype == "float64" else 4
     entries = {
-        INDEXED: header.k * (value + 4),
-        VALUES_ONLY: header.k * value,
-        SIGNS: value + header.k * 4,
+        Float32.layout: header.k * (value + 4),
+        ValuesOnly.layout: header.k * value,
+        Sign.layout: value + header.k * 4,
     }[header.layout]
     assert HEADER_BYTES == 32
     assert buffer.dtype == np.uint8
     assert buffer.size % 8 == 0
     assert 0 <= buffer.size - 32 - entries < 8
-    assert buffer.size == payload_bytes(header.layout, header.dtype, header.k)
+    assert buffer.size == payload_bytes(FORMATS[header.layout], header.dtype, header.k)
     assert not buffer[32 + entries :].any()
 
 
@@ -109,22 +106,26 @@ def test_a_rank_that_chooses_its_own_k_may_send_less(header: Header, less: int) 
 
 
 @given(
-    st.sampled_from(LAYOUTS), st.sampled_from(sorted(DTYPES)), st.integers(0, 10_000)
+    st.sampled_from([*FORMATS.values()]),
+    st.sampled_from(sorted(DTYPES)),
+    st.integers(0, 10_000),
 )
-def test_most_elements_is_the_most_that_fit(layout: int, dtype: str, size: int) -> None:
-    k = most_elements(layout, dtype, size)
-    assert k < 0 or payload_bytes(layout, dtype, k) <= size
-    assert k < -1 or payload_bytes(layout, dtype, k + 1) > size
+def test_most_elements_is_the_most_that_fit(
+    form: Format, dtype: str, size: int
+) -> None:
+    k = most_elements(form, dtype, size)
+    assert k < 0 or payload_bytes(form, dtype, k) <= size
+    assert k < -1 or payload_bytes(form, dtype, k + 1) > size
 
 
 def test_signs_and_their_mean_magnitude_are_what_travels() -> None:
     values = np.array([3.0, -1.0, -0.0, 0.0, -6.0], np.float32)
     selection = Selection(np.array([0, 7, 8, 9, 99], np.int32), values, 0)
-    header = Header(SIGNS, "float32", n=100, k=5, step=1, digest=2)
+    header = Header(Sign.layout, "float32", n=100, k=5, step=1, digest=2)
     buffer, sent = encode(selection, header)
     assert sent.tolist() == [2, -2, -2, 2, -2]
     assert buffer.size == 32 + 4 + 5 * 4
-    assert_holds(decode(buffer, header), selection._replace(values=sent), SIGNS)
+    assert_holds(decode(buffer, header), selection._replace(values=sent), Sign.layout)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -138,7 +139,7 @@ def test_the_mean_magnitude_is_in_range_where_sums_are_not(
 
 
 def test_more_than_may_be_chosen_is_refused() -> None:
-    header = Header(INDEXED, "float32", 100, 5, 0, 0)
+    header = Header(Float32.layout, "float32", 100, 5, 0, 0)
     buffer, _ = encode(selected(header), header)
     with pytest.raises(PayloadError, match=r"^k 5, expected 4$"):
         decode(buffer, header._replace(k=4), varies=True)
@@ -165,12 +166,12 @@ def test_stored_bytes_are_read_and_written_as_ever(stored: dict[str, Any]) -> No
 
 def test_every_dtype_and_layout_has_stored_bytes() -> None:
     stored = {(row["header"]["dtype"], row["header"]["layout"]) for row in FIXTURES}
-    assert stored == {(d, layout) for d in DTYPES for layout in LAYOUTS}
+    assert stored == {(d, layout) for d in DTYPES for layout in FORMATS}
 
 
 # ------------------------------------------------------------------ damage
 
-GOOD = Header(INDEXED, "float32", n=100, k=3, step=7, digest=2**63 + 5)
+GOOD = Header(Float32.layout, "float32", n=100, k=3, step=7, digest=2**63 + 5)
 
 
 def damaged(offset: int, form: str, value: Any) -> np.ndarray:

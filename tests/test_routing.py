@@ -17,23 +17,25 @@ from hvd_sparse import (
     TopK,
     WhenCheaper,
 )
-from hvd_sparse.core.payload import INDEXED, SIGNS, VALUES_ONLY, payload_bytes
+from hvd_sparse.core.contracts import Format
+from hvd_sparse.core.formats import FORMATS
+from hvd_sparse.core.payload import payload_bytes
 
-LAYOUTS = st.sampled_from([INDEXED, VALUES_ONLY, SIGNS])
+FORMS = st.sampled_from([*FORMATS.values()])
 NAMES = st.sampled_from(sorted(DTYPES))
 
 
-@given(st.integers(0, 10_000), NAMES, LAYOUTS, st.integers(1, 64))
+@given(st.integers(0, 10_000), NAMES, FORMS, st.integers(1, 64))
 def test_sparse_is_chosen_exactly_where_its_bytes_are_fewer(
-    n: int, dtype: str, layout: int, size: int
+    n: int, dtype: str, form: Format, size: int
 ) -> None:
     itemsize = DTYPES[dtype].itemsize
 
     def cheaper(k: int) -> bool:
         # P payloads in an allgather against a ring allreduce, both times P / (P - 1)
-        return payload_bytes(layout, dtype, k) * max(size, 2) < 2 * n * itemsize
+        return payload_bytes(form, dtype, k) * max(size, 2) < 2 * n * itemsize
 
-    limit = WhenCheaper().limit(n, dtype, itemsize, layout, size)
+    limit = WhenCheaper().limit(n, dtype, itemsize, form, size)
     assert limit <= n
     if limit >= 0:
         assert cheaper(limit)
@@ -41,11 +43,11 @@ def test_sparse_is_chosen_exactly_where_its_bytes_are_fewer(
         assert not cheaper(max(limit, -1) + 1)
 
 
-@given(st.integers(0, 2**31 - 1), NAMES, LAYOUTS, st.integers(1, 4096))
+@given(st.integers(0, 2**31 - 1), NAMES, FORMS, st.integers(1, 4096))
 def test_never_lets_every_element_go_sparse(
-    n: int, dtype: str, layout: int, size: int
+    n: int, dtype: str, form: Format, size: int
 ) -> None:
-    assert Never().limit(n, dtype, DTYPES[dtype].itemsize, layout, size) == n
+    assert Never().limit(n, dtype, DTYPES[dtype].itemsize, form, size) == n
 
 
 @pytest.mark.parametrize(

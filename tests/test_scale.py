@@ -5,7 +5,8 @@ import json
 import pytest
 from launching import START_S, launch, needs_mpirun
 
-from hvd_sparse.core.payload import INDEXED, SIGNS, payload_bytes
+from hvd_sparse.core.formats import Float32, Sign
+from hvd_sparse.core.payload import payload_bytes
 from hvd_sparse.core.routing import WhenCheaper
 from hvd_sparse.core.scale import (
     Link,
@@ -32,12 +33,12 @@ def test_counted_bytes_match_the_model_exactly(ranks: int) -> None:
     for found in told:
         assert found["ranks"] == ranks
         assert len(found["unions"]) == SIZES
-        for scheme, layout in (("TopK", INDEXED), ("SignTopK", SIGNS)):
+        for scheme, form in (("TopK", Float32()), ("SignTopK", Sign())):
             assert len(found["bytes"][scheme]) == SIZES
             for name, (sent, received) in found["bytes"][scheme].items():
                 k = elements(DENSITY, int(name))
-                assert received == STEPS * allgather(ranks, k, layout=layout).bytes
-                assert sent == STEPS * payload_bytes(layout, "float32", k)
+                assert received == STEPS * allgather(ranks, k, form=form).bytes
+                assert sent == STEPS * payload_bytes(form, "float32", k)
         for name, touched in found["unions"].items():
             n, k = int(name), elements(DENSITY, int(name))
             assert touched <= min(n, ranks * k)
@@ -61,7 +62,7 @@ def test_the_automatic_rule_ends_where_the_model_says(n: int, k: int) -> None:
     most = most_ranks(n, k)
 
     def goes_sparse(ranks: int) -> bool:
-        return WhenCheaper().limit(n, "float32", 4, INDEXED, ranks) >= k
+        return WhenCheaper().limit(n, "float32", 4, Float32(), ranks) >= k
 
     assert goes_sparse(most)
     assert not goes_sparse(most + 1)

@@ -23,16 +23,23 @@ few elements, all of one size, T is where the magnitudes fall instead.
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from hvd_sparse.core.contracts import Array, Selection
+from hvd_sparse.core.contracts import Array, Format, PerRank, PerTensor, Selection
 from hvd_sparse.core.costs import Cost, Message
 from hvd_sparse.core.levels import Levels
 from hvd_sparse.core.payload import most_elements, padded_bytes
-from hvd_sparse.core.sparsifiers import SignTopK, TopK, elements
+from hvd_sparse.core.sparsifiers import (
+    SignTopK,
+    TopK,
+    elements,
+    fixed_density,
+    format_of,
+    proved,
+)
 from hvd_sparse.core.stochastic import Stochastic, levels_of, most_expected
 from hvd_sparse.kernels import kernels_for
 
@@ -48,7 +55,7 @@ def _coarse(cost: Cost, message: Message, most: int) -> tuple[Sizes, Any]:
     """Sizes up to most, ascending, each with its cost: a quarter apart, and filled."""
     sizes, size = [1], 64
     while sizes[-1] < most:
-        fitting = most_elements(message.layout, message.dtype, size)
+        fitting = most_elements(message.form, message.dtype, size)
         sizes.append(min(max(fitting, 1), most))
         size = padded_bytes(size + 1)
     coarse = np.array(sizes, np.int64)
@@ -63,6 +70,7 @@ def _all(cost: Cost, message: Message, most: int) -> tuple[Sizes, Any]:
     return every, cost.of(every, message)
 
 
+@proved
 @dataclass(frozen=True)
 class CAT:
     """As many elements as are worth most for what they cost, by tensor and step.
@@ -104,6 +112,8 @@ class CAT:
     most: float = 1.0
     change: float = math.inf
 
+    clears: ClassVar = True
+
     def __post_init__(self) -> None:
         # nothing that inherits from them: its own select would never be called
         if type(self.scheme) not in (TopK, SignTopK, Stochastic):
@@ -111,8 +121,7 @@ class CAT:
                 "scheme must be TopK(), SignTopK() or Stochastic(), got "
                 f"{self.scheme!r}"
             )
-        asked = all(hasattr(self.cost, method) for method in ("of", "filled"))
-        if isinstance(self.cost, type) or not asked:
+        if isinstance(self.cost, type) or not isinstance(self.cost, Cost):
             raise TypeError(
                 "cost must be such as Affine(per_byte=1, per_message=54), with methods "
                 f"of and filled, got {self.cost!r}"
@@ -125,22 +134,23 @@ class CAT:
             raise ValueError(f"change must be more than 1, got {self.change}")
 
     @property
-    def layout(self) -> int:
-        """That of the scheme's payloads."""
-        return self.scheme.layout
+    def values(self) -> Format:
+        """How those of the scheme travel; its descent and the cost depend on it."""
+        return format_of(self.scheme)
 
     def for_rank(self, rank: int) -> "CAT":
         """The same, its scheme seeded for this rank where that matters."""
-        return self._with("for_rank", rank)
+        scheme = self.scheme
+        if isinstance(scheme, PerRank):
+            return replace(self, scheme=scheme.for_rank(rank))
+        return self
 
     def for_tensor(self, name: str) -> "CAT":
         """The same, its scheme seeded for this tensor where that matters."""
-        return self._with("for_tensor", name)
-
-    def _with(self, method: str, fact: Any) -> "CAT":
-        if not hasattr(self.scheme, method):
-            return self
-        return replace(self, scheme=getattr(self.scheme, method)(fact))
+        scheme = self.scheme
+        if isinstance(scheme, PerTensor):
+            return replace(self, scheme=scheme.for_tensor(name))
+        return self
 
     def after(self, chosen: int) -> "Choice":
         """What is left to choose when so many were chosen last; 0 for nothing yet."""
@@ -189,9 +199,10 @@ class CAT:
         """How many of the largest to look at first."""
         if chosen:
             return math.ceil(_FARTHER * chosen)
-        return elements(getattr(self.scheme, "density", 1.0), n)
+        return elements(fixed_density(self.scheme) or 1.0, n)
 
 
+@proved
 @dataclass(frozen=True)
 class ExactCAT(CAT):
     """As CAT, from every size and a sort of every magnitude, as in the paper.
@@ -298,5 +309,5 @@ class Choice:
         n = residual.shape[0]
         dtype = "float64" if residual.dtype.itemsize == 8 else "float32"
         least, most = self.bounds(n, k)
-        message = Message(self.cat.layout, dtype, n)
+        message = Message(self.cat.values, dtype, n)
         return self.cat.best(levels, message, least, most)

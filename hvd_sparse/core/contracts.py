@@ -1,14 +1,18 @@
-"""What the parts of the path promise each other.
+"""What the parts of the path promise each other: all that is called is here.
 
 A gradient meets them in this order: `Memory` keeps what earlier steps did not send,
-`Sparsifier` chooses, `Exchange` carries bytes it does not understand. `Kernels` do the
-work on arrays. `Array` is whatever the door's framework uses, flattened: a numpy array
-in host memory, or a torch tensor on an accelerator.
+`Sparsifier` chooses, `Format` makes bytes of the choice, `Exchange` carries bytes it
+does not understand. `Kernels` do the work on arrays. `Array` is whatever the
+integration's framework uses, flattened: a numpy array in host memory, or a torch tensor
+on an accelerator.
+
+A sparsifier implements `select` alone. What else one may have is declared here, too,
+each in a protocol of its own: `isinstance` asks for it when a tensor is first seen.
 """
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 Array = Any  # the one honest hole: numpy.ndarray or torch.Tensor
 
@@ -46,15 +50,13 @@ class Selection(NamedTuple):
     nonfinite: int
 
 
+@runtime_checkable
 class Sparsifier(Protocol):
     """Chooses which elements of residual + gradient are worth sending.
 
-    This is all a custom sparsifier implements. If it also has a `density` in (0, 1], k
-    is that share of n, fixed and the same on every rank; otherwise k is the most it may
-    select, and what it did select travels in the header. It may have more: a `layout`
-    of its payloads; `for_rank(rank)` and `for_tensor(name)`, which return one of its
-    kind for them, as does `for_scale(loss_scale)` where gradients are multiplied with
-    it; `after(count)`, which returns what selects after so many were.
+    This is all a custom sparsifier implements. If it is a `FixedDensity` as well, it
+    selects exactly k; otherwise k is the most it may select, and what it did select
+    travels in the header.
     """
 
     def select(self, residual: Array, gradient: Array, k: int, step: int) -> Selection:
@@ -65,6 +67,159 @@ class Sparsifier(Protocol):
             gradient: (n,) floating, read only.
             k: how many elements to select.
             step: completed exchanges of this tensor, the same on every rank.
+        """
+        ...
+
+
+@runtime_checkable
+class FixedDensity(Protocol):
+    """A sparsifier whose k follows from n: the same on every rank.
+
+    Attributes:
+        density: k / n, in (0, 1]; None if it has none after all.
+    """
+
+    density: float | None
+
+
+@runtime_checkable
+class SharedIndices(Protocol):
+    """A sparsifier whose indices every rank can work out: they need not travel.
+
+    Attributes:
+        shared_indices: False if they must after all.
+    """
+
+    shared_indices: bool
+
+    def indices(self, n: int, k: int, step: int) -> Array:
+        """(k,) int32 ascending, distinct: those that `select` takes in this step."""
+        ...
+
+
+@runtime_checkable
+class PerRank(Protocol):
+    """A sparsifier that is another on each rank."""
+
+    def for_rank(self, rank: int) -> Sparsifier:
+        """The one of this rank, in [0, size)."""
+        ...
+
+
+@runtime_checkable
+class PerTensor(Protocol):
+    """A sparsifier that is another for each tensor."""
+
+    def for_tensor(self, name: str) -> Sparsifier:
+        """The one of this tensor."""
+        ...
+
+
+@runtime_checkable
+class PerScale(Protocol):
+    """A sparsifier that depends on the unit of gradients."""
+
+    def for_scale(self, loss_scale: float) -> Sparsifier:
+        """What selects the same of gradients that are multiplied with loss_scale."""
+        ...
+
+
+@runtime_checkable
+class Following(Protocol):
+    """A sparsifier whose choice depends on how many it chose last."""
+
+    def after(self, chosen: int) -> Sparsifier:
+        """What selects after so many were selected of this tensor; 0 at first."""
+        ...
+
+
+@runtime_checkable
+class Formatted(Protocol):
+    """A sparsifier that is made for one way in which values travel.
+
+    Attributes:
+        values: which; `values=` of an integration may say nothing else.
+    """
+
+    @property
+    def values(self) -> "Format": ...  # noqa: D102  # see above
+
+
+@runtime_checkable
+class Proved(Protocol):
+    """A sparsifier whose selections tests prove, so that none is checked again.
+
+    Attributes:
+        proved: its own class. What inherits from it has this attribute, too, but is
+            another class, and may select as it likes.
+        clears: `select` takes a fifth argument, out: the gradient, whose memory is free
+            and becomes all 0 in the same pass.
+    """
+
+    proved: type
+    clears: bool
+
+
+@runtime_checkable
+class Grouped(Protocol):
+    """A sparsifier that can select from many tensors in one call."""
+
+    def select_group(
+        self, residuals: Sequence[Array], gradients: Sequence[Array], table: Array
+    ) -> Sequence[int]:
+        """As `select`, for many arrays on the host, of one dtype.
+
+        Args:
+            residuals: (n,) each.
+            gradients: (n,) each, of the residuals' dtype.
+            table: (arrays, 3) int64: addresses where to write the indices and the
+                values of each, and its k.
+
+        Returns:
+            Of each, how many sums were not finite.
+        """
+        ...
+
+
+class Format(Protocol):
+    """Which bytes the entries of a payload become, and how many for k of them.
+
+    Attributes:
+        layout: what the header calls it, in [1, 255].
+    """
+
+    @property
+    def layout(self) -> int: ...  # noqa: D102  # see above
+
+    def bytes(self, k: Any, dtype: str) -> Any:
+        """Bytes of k entries of a gradient of this dtype; k a number or an array."""
+        ...
+
+    def most(self, size: Any, dtype: str) -> Any:
+        """The most entries that size bytes have room for; negative if not even 0."""
+        ...
+
+    def write(self, out: Array, indices: Array, values: Array) -> Array:
+        """Overwrites out, (bytes,) uint8, with (k,) entries, which are on the host.
+
+        Returns:
+            (k,) the values that a receiver will read: `values` itself, or rounded.
+        """
+        ...
+
+    def read(self, data: Array, k: int, dtype: str) -> tuple[Array, Array]:
+        """Of k entries: (k,) int32 indices, none if they did not travel, and values."""
+        ...
+
+    def offsets(self, k: int, dtype: str) -> tuple[int, int] | None:
+        """Where in the bytes indices and values lie as plain arrays; None if packed."""
+        ...
+
+    def without_indices(self) -> "Format":
+        """The same where every rank knows them.
+
+        Raises:
+            ValueError: there is none.
         """
         ...
 

@@ -14,12 +14,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from hvd_sparse.core.payload import SIGNS, most_elements, payload_bytes
+from hvd_sparse.core.contracts import Format
+from hvd_sparse.core.formats import Sign
+from hvd_sparse.core.payload import most_elements, payload_bytes
 
 Array = npt.NDArray[Any]
 
@@ -28,16 +30,17 @@ class Message(NamedTuple):
     """What a payload is made for.
 
     Attributes:
-        layout: INDEXED or SIGNS; see `hvd_sparse.core.payload`.
+        form: of its entries; see `hvd_sparse.core.formats`.
         dtype: the gradient's, as text.
         n: elements of the gradient.
     """
 
-    layout: int
+    form: Format
     dtype: str
     n: int
 
 
+@runtime_checkable
 class Cost(Protocol):
     """What CAT asks of a network; hashable, so that answers can be kept."""
 
@@ -54,7 +57,7 @@ class Cost(Protocol):
         ...
 
 
-class Format(Protocol):
+class Count(Protocol):
     """How many bytes a payload has."""
 
     def bytes(self, sizes: Array, message: Message) -> Array:
@@ -76,11 +79,11 @@ class Payload:
 
     def bytes(self, sizes: Array, message: Message) -> Array:
         """Bytes of payloads of so many elements."""
-        return np.asarray(payload_bytes(message.layout, message.dtype, sizes))  # type: ignore[arg-type]  # elementwise
+        return np.asarray(payload_bytes(message.form, message.dtype, sizes))
 
     def elements(self, sizes: Array, message: Message) -> Array:
         """The most elements whose payload has at most so many bytes."""
-        return np.asarray(most_elements(message.layout, message.dtype, sizes))  # type: ignore[arg-type]  # elementwise
+        return np.asarray(most_elements(message.form, message.dtype, sizes))
 
     def of(self, sizes: Array, message: Message) -> Array:
         """Bytes, as a cost."""
@@ -110,7 +113,7 @@ class PaperPayload:
     def _bits(self, message: Message) -> tuple[int, int]:
         """Bits of a payload of no elements, and of each element."""
         index = max(1, math.ceil(math.log2(max(message.n, 1))))
-        signs = message.layout == SIGNS
+        signs = message.form == Sign()
         return (self.value_bits, index) if signs else (0, index + self.value_bits)
 
     def bytes(self, sizes: Array, message: Message) -> Array:
@@ -163,7 +166,7 @@ class Affine:
 
     per_byte: float
     per_message: float
-    payload: Format = _REAL
+    payload: Count = _REAL
 
     def __post_init__(self) -> None:
         _check(per_byte=self.per_byte, per_message=self.per_message)
@@ -213,7 +216,7 @@ class Packet:
     per_packet: float
     per_message: float
     packet_bytes: int
-    payload: Format = _REAL
+    payload: Count = _REAL
 
     def __post_init__(self) -> None:
         _check(per_packet=self.per_packet, per_message=self.per_message)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hvd_sparse.core.contracts import Array, Memory, Selection
-from hvd_sparse.core.payload import VALUES_ONLY, Header, decode
+from hvd_sparse.core.payload import Header, decode
 from hvd_sparse.core.plan import Tensor
 
 
@@ -53,13 +53,14 @@ def last_sent(tensor: Tensor, header: Header) -> Selection:
     """What this rank sent last, in the step of that header."""
     assert tensor.payload is not None
     sent = decode(tensor.payload, header, varies=True)
-    if header.layout == VALUES_ONLY:
-        return sent._replace(indices=drawn(tensor, header))
-    return sent
+    indices = drawn(tensor, header)
+    return sent if indices is None else sent._replace(indices=indices)
 
 
-def drawn(tensor: Tensor, header: Header) -> Array:
-    """The indices that no payload of this tensor carries."""
-    sparsifier: Any = tensor.sparsifier  # it has shared_indices
+def drawn(tensor: Tensor, header: Header) -> Array | None:
+    """The indices that no payload of this tensor carries; None where they travel."""
+    if not tensor.unindexed:
+        return None
+    sparsifier: Any = tensor.sparsifier  # a SharedIndices
     indices: Array = sparsifier.indices(header.n, header.k, header.step)
     return indices

@@ -37,7 +37,7 @@ class Fused:
         residuals = [self._memory.residual(f.tensor.name, g) for f, g in group]
         steps = [tensor.header.step for tensor in tensors]
         payloads, table = self._message(flights).lay_out(steps)
-        sparsifier: Any = tensors[0].sparsifier  # it has select_group
+        sparsifier: Any = tensors[0].sparsifier  # a Grouped
         nonfinite = sparsifier.select_group(residuals, gradients, table)
         for flight, tensor, payload, wrong in zip(
             flights, tensors, payloads, nonfinite, strict=True

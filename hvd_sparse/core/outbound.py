@@ -8,7 +8,7 @@ from hvd_sparse.core.checks import check_selection
 from hvd_sparse.core.contracts import Array, Exchange, Memory, Selection
 from hvd_sparse.core.flight import Flight
 from hvd_sparse.core.fused import Fused, Pair, alike
-from hvd_sparse.core.payload import VALUES_ONLY, Bytes, encode
+from hvd_sparse.core.payload import Bytes, encode
 from hvd_sparse.core.plan import Tensor
 from hvd_sparse.core.undo import copied
 
@@ -52,7 +52,7 @@ class Outbound:
         tensor.chosen = selection.indices.shape[0]
         tensor.payload = self._encode(tensor, selection)
         tensor.in_flight = True
-        if tensor.header.layout == VALUES_ONLY:
+        if tensor.unindexed:
             flight.indices = selection.indices
 
     def _select_by_users(self, tensor: Tensor, flat: Array) -> Selection:

@@ -31,6 +31,7 @@ from hvd_sparse.core.contracts import (
     Sparsifier,
 )
 from hvd_sparse.core.flight import Flight
+from hvd_sparse.core.formats import Values
 from hvd_sparse.core.fused import Fused
 from hvd_sparse.core.inbound import Inbound
 from hvd_sparse.core.memory import ErrorFeedback
@@ -53,6 +54,7 @@ class GradientPath:
         *,
         op: int = Average,
         dense: Dense | None = None,
+        values: Values | None = None,
         memory: Memory | None = None,
         loss_scale: Callable[[], float] | None = None,
         undo: bool = False,
@@ -64,19 +66,22 @@ class GradientPath:
             exchange: who carries the bytes.
             op: Average over the ranks, or Sum.
             dense: which tensors go dense; WhenCheaper() unless given.
+            values: how those travel: Float32() or Sign(); as the sparsifier is made
+                for, or unrounded, unless given.
             memory: what keeps the rest; ErrorFeedback() unless given.
             loss_scale: what gradients are multiplied with, asked in `begin`.
             undo: keep what `residuals.discard` needs.
 
         Raises:
-            TypeError: sparsifier has no select method, dense is no rule, or one of them
-                holds what ranks can not agree on.
-            ValueError: op is neither Average nor Sum.
+            TypeError: sparsifier has no select method, dense is no rule, values is no
+                format, or one of them holds what ranks can not agree on.
+            ValueError: op is neither Average nor Sum, or the sparsifier is made for
+                other values.
         """
         self.exchange = exchange
         self.memory = memory if memory is not None else ErrorFeedback()
         self.traffic = Traffic()
-        self.plan = Plan(sparsifier, exchange, op, dense)
+        self.plan = Plan(sparsifier, exchange, op, dense, values)
         self.scaling = LossScale(loss_scale, self.plan, self.memory)
         self._undo = Undo(self.plan, self.memory) if undo else None
         self.residuals = Residuals(

@@ -1,24 +1,20 @@
-"""Encode: what bytes go on the wire. No other file knows the layout.
+"""Encode: what bytes go on the wire: a header, and entries as their format has them.
 
 One payload a tensor, and each describes itself. Version 1, little-endian:
 
     offset  bytes
     0       4      magic, b"HVSP"
     4       1      version
-    5       1      layout: 1 values and indices, 2 values only (all ranks know which),
-                   3 one scale, indices and signs
+    5       1      layout: of the entries, see `hvd_sparse.core.formats`
     6       1      dtype of the gradient: 1 float16, 2 bfloat16, 3 float32, 4 float64
     7       1      flags: bit 0, this rank met elements that were not finite
     8       4      n, elements of the gradient
     12      4      k, elements in this payload
     16      8      step, completed exchanges of this tensor
     24      8      digest of name, shape and configuration
-    32      k v    values, float32 (v = 4), or float64 (v = 8) for a float64 gradient
-    32+k v  4 k    indices, int32, ascending (layout 1)
+    32      ...    entries: values, float32, or float64 for a float64 gradient, and
+                   indices, int32, ascending; as many bytes as the format says for k
     ...            zeros up to a multiple of 8, so that payloads can follow each other
-
-Layout 3 has, from offset 32 on, the scale (v bytes) and k words of 4 bytes: bits 0-30
-are an index, ascending, bit 31 is the sign. Every value is plus or minus the scale.
 """
 
 from collections.abc import Sequence
@@ -30,16 +26,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hvd_sparse.core.contracts import Array, PayloadError, Selection
+from hvd_sparse.core.contracts import Array, Format, PayloadError, Selection
+from hvd_sparse.core.formats import FORMATS
 from hvd_sparse.kernels.host import address
 
 Bytes = npt.NDArray[np.uint8]
 
 VERSION = 1
-INDEXED = 1
-VALUES_ONLY = 2
-SIGNS = 3
-LAYOUTS = (INDEXED, VALUES_ONLY, SIGNS)
 DTYPES = {"float16": 1, "bfloat16": 2, "float32": 3, "float64": 4}
 HEADER_BYTES = 32
 
@@ -49,16 +42,14 @@ _NONFINITE = 1
 _FLAGS_AT = 7
 _STEP_AT = 16
 _HEADER_AT = np.arange(HEADER_BYTES)
-_INDEX: Any = np.dtype("<i4")
-_VALUES: dict[int, Any] = {4: np.dtype("<f4"), 8: np.dtype("<f8")}
-_SIGN = np.uint32(1 << 31)
+_DTYPE_OF = {code: dtype for dtype, code in DTYPES.items()}
 
 
 class Header(NamedTuple):
     """What every rank must agree on before it believes a payload.
 
     Attributes:
-        layout: INDEXED, VALUES_ONLY or SIGNS.
+        layout: that of a format, in `hvd_sparse.core.formats`.
         dtype: the gradient's: a key of DTYPES, on the wire its value.
         n: elements of the gradient.
         k: elements of the payload; the most there may be where ranks choose their own.
@@ -79,32 +70,20 @@ class Header(NamedTuple):
         return "float64" if self.dtype in ("float64", DTYPES["float64"]) else "float32"
 
 
-def value_bytes(dtype: str | int) -> int:
-    """Bytes of one value on the wire for a gradient of this dtype."""
-    return 8 if dtype in ("float64", DTYPES["float64"]) else 4
+def payload_bytes(form: Format, dtype: str, k: Any) -> Any:
+    """Bytes of a payload of k elements, header and padding included.
+
+    Args:
+        form: of the entries.
+        dtype: the gradient's.
+        k: a number, or an array of them, for each of which to answer.
+    """
+    return HEADER_BYTES + -(-form.bytes(k, dtype) // 8) * 8
 
 
-def entry_bytes(layout: int, dtype: str | int) -> int:
-    """Bytes of one element on the wire: its value, its index, or both."""
-    if layout == SIGNS:
-        return 4
-    return value_bytes(dtype) + (4 if layout == INDEXED else 0)
-
-
-def _fixed_bytes(layout: int, dtype: str | int) -> int:
-    """Bytes of a payload of no elements: the header and, in layout 3, the scale."""
-    return HEADER_BYTES + (value_bytes(dtype) if layout == SIGNS else 0)
-
-
-def payload_bytes(layout: int, dtype: str | int, k: int) -> int:
-    """Bytes of a payload of k elements, header and padding included."""
-    return -(-(_fixed_bytes(layout, dtype) + k * entry_bytes(layout, dtype)) // 8) * 8
-
-
-def most_elements(layout: int, dtype: str | int, size: int) -> int:
+def most_elements(form: Format, dtype: str, size: Any) -> Any:
     """The largest k whose payload has at most size bytes; negative if none has."""
-    room = size // 8 * 8 - _fixed_bytes(layout, dtype)
-    return room // entry_bytes(layout, dtype)
+    return form.most(size // 8 * 8 - HEADER_BYTES, dtype)
 
 
 def encode(
@@ -114,58 +93,27 @@ def encode(
 
     It is written into out where that has the right size: fresh memory is slower.
 
-    Values travel unrounded in layouts 1 and 2, where `sent` is selection.values. In
-    layout 3 they become plus or minus their mean magnitude. header.k is replaced by
-    what was really selected.
+    `sent` is selection.values itself where the format does not round them. header.k is
+    replaced by what was really selected.
     """
     indices, values = _on_host(selection.indices), _on_host(selection.values)
-    k = values.shape[0]
-    size = payload_bytes(header.layout, header.dtype, k)
+    form, dtype, k = FORMATS[header.layout], str(header.dtype), values.shape[0]
+    size, end = payload_bytes(form, dtype, k), HEADER_BYTES + form.bytes(k, dtype)
     if out is None or out.size != size:
         out = np.empty(size, np.uint8)
     flags = _NONFINITE if selection.nonfinite else 0
-    code = DTYPES[str(header.dtype)]
-    fields = (_MAGIC, VERSION, header.layout, code, flags, header.n, k)
+    fields = (_MAGIC, VERSION, header.layout, DTYPES[dtype], flags, header.n, k)
     _HEADER.pack_into(out.data, 0, *fields, header.step, header.digest)
-    if header.layout == SIGNS:
-        return out, _like(_write_signs(out, indices, values), selection.values)
-    end = HEADER_BYTES + values.nbytes
-    out[HEADER_BYTES:end] = values.view(np.uint8)
-    if header.layout == INDEXED:
-        out[end : end + 4 * k] = indices.view(np.uint8)
-        end += 4 * k
+    sent = form.write(out[HEADER_BYTES:end], indices, values)
     if end < size:
         out[end:] = 0
-    return out, selection.values
-
-
-def _write_signs(out: Bytes, indices: Array, values: Array) -> Array:
-    """Overwrites what follows the header; returns the values a receiver will read."""
-    scale = mean_magnitude(values)
-    start = HEADER_BYTES + scale.nbytes
-    end = start + 4 * indices.size
-    out[HEADER_BYTES:start] = scale.view(np.uint8)
-    words = out[start:end].view(np.uint32)
-    words[:] = indices.view(np.uint32)
-    words[np.signbit(values)] |= _SIGN
-    out[end:] = 0
-    return np.copysign(scale, values)
-
-
-def mean_magnitude(values: Array) -> Array:
-    """(1,) of the values' dtype: sum |v| / k, 0 of none; sums beyond range are fine."""
-    magnitudes = np.abs(values).astype(np.float64)
-    largest = float(magnitudes.max(initial=0.0))
-    if largest == 0:
-        return np.zeros(1, values.dtype)
-    power = 2.0 ** np.frexp(largest)[1].clip(-1022, 1023)  # exact, but for subnormals
-    return np.array([(magnitudes / power).mean() * power], values.dtype)
+    return out, selection.values if sent is values else _like(sent, selection.values)
 
 
 def decode(buffer: Bytes, expected: Header, *, varies: bool = False) -> Selection:
     """The selection in a payload, once the header agrees.
 
-    In layouts 1 and 2 as views of its bytes.
+    As views of its bytes where the format does not pack them.
 
     Args:
         buffer: one payload, at an address that is a multiple of 8.
@@ -173,7 +121,7 @@ def decode(buffer: Bytes, expected: Header, *, varies: bool = False) -> Selectio
         varies: ranks choose k themselves, up to expected.k.
 
     Returns:
-        A selection; its indices are empty in layout 2, where every rank knows them.
+        A selection; its indices are empty where every rank knows them.
 
     Raises:
         PayloadError: the header disagrees; the text has field, expected and found.
@@ -201,18 +149,15 @@ def decode(buffer: Bytes, expected: Header, *, varies: bool = False) -> Selectio
 
 def _entries(buffer: Bytes, expected: Header, k: int, nonfinite: int) -> Selection:
     """What follows the header."""
-    size = payload_bytes(expected.layout, expected.dtype, k)
+    form, dtype = FORMATS[expected.layout], str(expected.dtype)
+    size = payload_bytes(form, dtype, k)
     if buffer.size != size:
         raise PayloadError(
             f"payload of {buffer.size} bytes, expected {size} for k = {k}"
         )
-    if expected.layout == SIGNS:
-        return _read_signs(buffer, expected, k, nonfinite)
-    wide = value_bytes(expected.dtype)
-    end = HEADER_BYTES + k * wide
-    values = buffer[HEADER_BYTES:end].view(_VALUES[wide])
-    taken = 4 * k if expected.layout == INDEXED else 0
-    return Selection(buffer[end : end + taken].view(_INDEX), values, nonfinite)
+    end = HEADER_BYTES + form.bytes(k, dtype)
+    indices, values = form.read(buffer[HEADER_BYTES:end], k, dtype)
+    return Selection(indices, values, nonfinite)
 
 
 @lru_cache(maxsize=4096)
@@ -224,16 +169,15 @@ def _packed(header: Header) -> bytes:
 
 
 class Message:
-    """Payloads of layout 1; all but their steps is the same every time."""
+    """Payloads whose entries are plain arrays; all but their steps stays the same."""
 
     def __init__(self, headers: Sequence[Header]) -> None:
         """Of these tensors, in this order; the steps of the headers do not matter."""
-        ks = np.array([header.k for header in headers])
-        wide = np.array([value_bytes(header.dtype) for header in headers])
-        self.sizes = HEADER_BYTES + -(-ks * (wide + 4) // 8) * 8  # (payloads,) bytes
+        forms = [(FORMATS[h.layout], str(h.dtype), h.k) for h in headers]
+        # (payloads,) bytes
+        self.sizes = np.array([payload_bytes(*form) for form in forms])
         # (payloads, 3) int64: where indices and values begin in a payload, and k
-        values = np.full_like(ks, HEADER_BYTES)
-        self._places = np.stack([values + ks * wide, values, ks], axis=1)
+        self._places = np.array([_places(*form) for form in forms])
         self._bounds = np.concatenate([[0], np.cumsum(self.sizes)])
         packed = bytearray(b"".join(map(_packed, headers)))
         self._headers = np.frombuffer(packed, np.uint8).reshape(-1, HEADER_BYTES)
@@ -280,19 +224,16 @@ class Message:
         return table
 
 
+def _places(form: Format, dtype: str, k: int) -> tuple[int, int, int]:
+    offsets = form.offsets(k, dtype)
+    assert offsets is not None, "only of plain entries"
+    indices, values = offsets
+    return HEADER_BYTES + indices, HEADER_BYTES + values, k
+
+
 def mark_nonfinite(payload: Bytes) -> None:
     """This rank met elements that were not finite."""
     payload[_FLAGS_AT] |= _NONFINITE
-
-
-def _read_signs(buffer: Bytes, header: Header, k: int, nonfinite: int) -> Selection:
-    start = _fixed_bytes(SIGNS, header.dtype)
-    scale = buffer[HEADER_BYTES:start].view(f"<f{value_bytes(header.dtype)}")
-    words = buffer[start : start + 4 * k].view("<u4")
-    values = np.repeat(scale, k)
-    np.negative(values, out=values, where=words >= _SIGN)
-    indices = (words & ~_SIGN).view(np.int32)
-    return Selection(indices, values, nonfinite)
 
 
 def step_of(buffer: Bytes) -> int:
@@ -354,9 +295,10 @@ def _size_at(buffer: Bytes, start: int, rank: int) -> int:
             f"rank {rank}: format {magic!r} version {version}, "
             f"expected {_MAGIC!r} version {VERSION}"
         )
-    if layout not in LAYOUTS:
+    if layout not in FORMATS:
         raise PayloadError(f"rank {rank}: layout {layout}, expected 1 to 3")
-    return payload_bytes(layout, code, k)
+    size: int = payload_bytes(FORMATS[layout], _DTYPE_OF.get(code, ""), k)
+    return size
 
 
 def _disagreement(found: Header, wanted: Header) -> str:

@@ -8,41 +8,34 @@ another digest, and is found out before its data is used.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
-from inspect import signature
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
-from hvd_sparse.core.adaptive import CAT, ExactCAT
 from hvd_sparse.core.configuration import describe
-from hvd_sparse.core.contracts import Array, Exchange, Op, Selection, Sparsifier
-from hvd_sparse.core.payload import DTYPES, INDEXED, VALUES_ONLY, Bytes, Header
-from hvd_sparse.core.routing import Dense, Never, WhenCheaper
-from hvd_sparse.core.sparsifiers import (
-    RandomK,
-    SignsUntilNorm,
-    SignTopK,
-    Threshold,
-    TopK,
-    elements,
+from hvd_sparse.core.contracts import (
+    Array,
+    Exchange,
+    Following,
+    Format,
+    Grouped,
+    Op,
+    PerRank,
+    PerScale,
+    PerTensor,
+    Proved,
+    Selection,
+    SharedIndices,
+    Sparsifier,
 )
-from hvd_sparse.core.stochastic import Stochastic
+from hvd_sparse.core.formats import Float32, Sign, Values
+from hvd_sparse.core.payload import DTYPES, Bytes, Header
+from hvd_sparse.core.routing import Dense, Never, WhenCheaper
+from hvd_sparse.core.sparsifiers import elements, fixed_density, format_of
 from hvd_sparse.kernels.host import is_one_part
 
 ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 MOST_ELEMENTS = 2**31 - 1
-# whose selections need no check: tests prove them. What inherits from them may select
-# as it likes.
-OURS = (
-    TopK,
-    RandomK,
-    Threshold,
-    SignTopK,
-    SignsUntilNorm,
-    Stochastic,
-    CAT,
-    ExactCAT,
-)
 
 
 @dataclass
@@ -53,11 +46,13 @@ class Tensor:
         sparsifier: the plan's, seeded for this tensor where that matters.
         header: what travels with each payload; k is the most where `varies`.
         varies: the sparsifier chooses k from local data.
+        follows: its choice depends on how many it chose last.
+        unindexed: every rank knows which indices, which do not travel.
         clears: the sparsifier leaves zeros where the gradient was, if it is asked to.
         dense: this tensor takes the library's own allreduce.
         trusted: what is selected needs no check.
-        plain: small, on the host, and its payloads have a fixed size and all there is
-            to know of its entries: kernels may sum up it and others in one call.
+        plain: small, on the host, and its payloads have a fixed size and entries that
+            are plain arrays: kernels may sum up it and others in one call.
         grouped: they may select from it and others in one call.
         payload: the last one's bytes; their memory serves the next.
         in_flight: sent and not received yet.
@@ -74,6 +69,8 @@ class Tensor:
     sparsifier: Sparsifier
     header: Header
     varies: bool
+    follows: bool
+    unindexed: bool
     clears: bool
     dense: bool
     trusted: bool
@@ -87,8 +84,8 @@ class Tensor:
 
     def select(self, residual: Array, gradient: Array, out: Array | None) -> Selection:
         """The sparsifier's choice; `after` tells it how many the last one was."""
-        sparsifier = self.sparsifier
-        if hasattr(sparsifier, "after"):
+        sparsifier: Any = self.sparsifier
+        if self.follows:
             sparsifier = sparsifier.after(self.chosen)
         asked: tuple[Any, ...] = (self.header.k, self.header.step)
         if out is not None:
@@ -111,16 +108,23 @@ class Plan:
     """The tensors of one group of ranks, each as all of these ranks treat it."""
 
     def __init__(
-        self, sparsifier: Sparsifier, exchange: Exchange, op: int, dense: Dense | None
+        self,
+        sparsifier: Sparsifier,
+        exchange: Exchange,
+        op: int,
+        dense: Dense | None,
+        values: Values | None = None,
     ) -> None:
         """As for GradientPath, which says what is raised."""
-        if isinstance(sparsifier, type) or not hasattr(sparsifier, "select"):
+        if isinstance(sparsifier, type) or not isinstance(sparsifier, Sparsifier):
             raise TypeError(
                 "sparsifier must have a select method, such as TopK(density=0.001), "
                 f"got {sparsifier!r}"
             )
-        if isinstance(dense, type) or not hasattr(dense or WhenCheaper(), "limit"):
+        if not isinstance(dense, WhenCheaper | Never | None):
             raise TypeError(f"dense must be WhenCheaper() or Never(), got {dense!r}")
+        if not isinstance(values, Float32 | Sign | None):
+            raise TypeError(f"values must be Float32() or Sign(), got {values!r}")
         if op not in (Op.Average, Op.Sum):
             raise ValueError(f"op must be Average or Sum, got {op!r}")
         self.sparsifier = sparsifier
@@ -128,6 +132,9 @@ class Plan:
         # as they are now: what they count while they select is not part of it
         self._chosen = describe(sparsifier, "sparsifier")
         self._rule = describe(self.dense, "dense")
+        self.format = _format(sparsifier, values)
+        said = self.format != _format(sparsifier, None)  # else it says nothing new
+        self._values = f", values={values!r}" if said else ""
         self.op = Op(op)
         self.op_name = self.op.name  # an integration that finds out later says so here
         self.tensors: dict[str, Tensor] = {}
@@ -178,12 +185,12 @@ class Plan:
     def enter(self, name: str, gradient: Array, step: int, chosen: int) -> Tensor:
         """Decide how a tensor goes from its first use on."""
         dtype, n = dtype_of(gradient), _size(gradient)
-        sparsifier, layout, k, dense = self._decide(name, n, dtype)
-        varies = getattr(sparsifier, "density", None) is None
-        trusted = type(sparsifier) in OURS
+        sparsifier, k, dense = self._decide(name, n, dtype)
+        varies = fixed_density(sparsifier) is None
+        trusted = _is_proved(sparsifier)
         wide = dtype in ("float32", "float64")
         plain = (
-            layout == INDEXED
+            self.format.offsets(k, dtype) is not None
             and wide
             and not (dense or varies)
             and isinstance(gradient, np.ndarray)
@@ -196,13 +203,15 @@ class Plan:
             gradient.dtype,
             gradient.dtype.itemsize,
             sparsifier,
-            Header(layout, dtype, n, k, step, digest=0),
+            Header(self.format.layout, dtype, n, k, step, digest=0),
             varies=varies,
-            clears=trusted and "out" in signature(sparsifier.select).parameters,
+            follows=isinstance(sparsifier, Following),
+            unindexed=_is_shared(sparsifier),
+            clears=_is_proved(sparsifier) and sparsifier.clears,
             dense=dense,
             trusted=trusted,
             plain=plain,
-            grouped=plain and trusted and hasattr(sparsifier, "select_group"),
+            grouped=plain and trusted and isinstance(sparsifier, Grouped),
             chosen=chosen,
         )
         self._sign(tensor)
@@ -227,39 +236,36 @@ class Plan:
     def goes_dense(self, name: str, gradient: Array) -> bool:
         """Whether it will, or can not go at all; nothing is remembered."""
         dtype = dtype_of(gradient)
-        return dtype not in DTYPES or self._decide(name, _size(gradient), dtype)[3]
+        return dtype not in DTYPES or self._decide(name, _size(gradient), dtype)[2]
 
-    def _decide(
-        self, name: str, n: int, dtype: str
-    ) -> tuple[Sparsifier, int, int, bool]:
-        """The sparsifier for this tensor, its layout, its k, whether it goes dense."""
+    def _decide(self, name: str, n: int, dtype: str) -> tuple[Sparsifier, int, bool]:
+        """The sparsifier for this tensor, its k, whether it goes dense."""
         sparsifier = self._own(name)
-        shared = getattr(sparsifier, "shared_indices", False)
-        layout = getattr(sparsifier, "layout", VALUES_ONLY if shared else INDEXED)
         size = self._exchange.size * self._exchange.weight
         dense = Never() if name in self.always_sparse else self.dense
-        limit = dense.limit(n, dtype, ITEMSIZES[dtype], layout, size)
-        density = getattr(sparsifier, "density", None)
+        limit = dense.limit(n, dtype, ITEMSIZES[dtype], self.format, size)
+        density = fixed_density(sparsifier)
         if density is None:
-            return sparsifier, layout, limit, limit < min(1, n)
+            return sparsifier, limit, limit < min(1, n)
         k = elements(density, n)
-        return sparsifier, layout, k, limit < k
+        return sparsifier, k, limit < k
 
     def _own(self, name: str) -> Sparsifier:
         """The sparsifier as this rank, this tensor and the loss scale have it."""
-        sparsifier: Any = self.sparsifier
-        if hasattr(sparsifier, "for_rank"):
+        sparsifier = self.sparsifier
+        if isinstance(sparsifier, PerRank):
             sparsifier = sparsifier.for_rank(self._exchange.rank)
-        if hasattr(sparsifier, "for_tensor"):
+        if isinstance(sparsifier, PerTensor):
             sparsifier = sparsifier.for_tensor(name)
-        if hasattr(sparsifier, "for_scale") and self.loss_scale is not None:
+        if isinstance(sparsifier, PerScale) and self.loss_scale is not None:
             sparsifier = sparsifier.for_scale(self.loss_scale)
-        return sparsifier  # type: ignore[no-any-return]
+        return sparsifier
 
     @property
     def configuration(self) -> str:
         """What the user chose, as text: equal on every rank, or an error."""
-        return f"{self._chosen}, op={self.op_name}, dense={self._rule}"
+        chosen = f"{self._chosen}, op={self.op_name}, dense={self._rule}"
+        return chosen + self._values
 
     @property
     def agreed(self) -> str:
@@ -272,7 +278,22 @@ class Plan:
     def old_configurations(self) -> Iterator[str]:
         """As release 0.1.0 wrote it: by repr, or by the name of the class alone."""
         for chosen in (repr(self.sparsifier), type(self.sparsifier).__name__):
-            yield f"{chosen}, op={self.op_name}, dense={self.dense!r}"
+            yield f"{chosen}, op={self.op_name}, dense={self.dense!r}{self._values}"
+
+
+def _format(sparsifier: Sparsifier, values: Values | None) -> Format:
+    """Of payloads: their values, and indices unless every rank knows them."""
+    form = format_of(sparsifier, values)
+    return form.without_indices() if _is_shared(sparsifier) else form
+
+
+def _is_proved(sparsifier: Sparsifier) -> TypeGuard[Proved]:
+    """Not what inherits from one that is: it may select as it likes."""
+    return isinstance(sparsifier, Proved) and sparsifier.proved is type(sparsifier)
+
+
+def _is_shared(sparsifier: Sparsifier) -> bool:
+    return isinstance(sparsifier, SharedIndices) and sparsifier.shared_indices
 
 
 def dtype_of(array: Array) -> str:

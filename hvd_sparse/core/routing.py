@@ -6,6 +6,7 @@ the same without asking.
 
 from dataclasses import dataclass
 
+from hvd_sparse.core.contracts import Format
 from hvd_sparse.core.payload import most_elements
 
 
@@ -18,20 +19,20 @@ class WhenCheaper:
     counts as two, so that it runs the whole path.
     """
 
-    def limit(self, n: int, dtype: str, itemsize: int, layout: int, size: int) -> int:
+    def limit(self, n: int, dtype: str, itemsize: int, form: Format, size: int) -> int:
         """The largest k for which sparse is cheaper; negative if none is."""
         dense = 2 * n * itemsize
         payload = (dense - 1) // max(size, 2)  # strictly smaller
-        return min(n, most_elements(layout, dtype, payload))
+        return min(n, int(most_elements(form, dtype, payload)))
 
 
 @dataclass(frozen=True)
 class Never:
     """Every tensor goes sparse, whatever it costs."""
 
-    def limit(self, n: int, dtype: str, itemsize: int, layout: int, size: int) -> int:
+    def limit(self, n: int, dtype: str, itemsize: int, form: Format, size: int) -> int:
         """All n."""
-        del dtype, itemsize, layout, size
+        del dtype, itemsize, form, size
         return n
 
 

@@ -13,7 +13,11 @@ SC 2019, has the sparse allreduce that `split_allreduce` counts, and how a union
 
 from dataclasses import dataclass
 
-from hvd_sparse.core.payload import INDEXED, entry_bytes, payload_bytes
+from hvd_sparse.core.contracts import Format
+from hvd_sparse.core.formats import Float32
+from hvd_sparse.core.payload import payload_bytes
+
+_PLAIN = Float32()
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,10 @@ class Transfer:
 
 
 def allgather(
-    ranks: int, k: int, *, dtype: str = "float32", layout: int = INDEXED
+    ranks: int, k: int, *, dtype: str = "float32", form: Format = _PLAIN
 ) -> Transfer:
     """The payloads of k elements of all ranks, to all ranks: grows with the ranks."""
-    payload = payload_bytes(layout, dtype, k)
+    payload = payload_bytes(form, dtype, k)
     return Transfer(ranks - 1, (ranks - 1) * payload)
 
 
@@ -83,7 +87,7 @@ def split_allreduce(ranks: int, n: int, k: int, *, dtype: str = "float32") -> Tr
     SparCML's split allgather: entries go to the rank that has their part, sums come
     back to all; dense once the union takes more bytes so. Headers are not counted.
     """
-    entry = entry_bytes(INDEXED, dtype)
+    entry = _PLAIN.bytes(1, dtype)
     sums = min(union(ranks, n, k) * entry, n * (entry - 4))
     share = (ranks - 1) / ranks
     return Transfer(2 * (ranks - 1), share * (k * entry + sums))
@@ -94,5 +98,5 @@ def most_ranks(n: int, k: int, *, itemsize: int = 4) -> int:
 
     From (P - 1) payload < 2 (P - 1) n itemsize / P; what `WhenCheaper` decides by.
     """
-    payload = payload_bytes(INDEXED, "float32", k)
+    payload: int = payload_bytes(_PLAIN, "float32", k)
     return (2 * n * itemsize - 1) // payload

@@ -10,14 +10,23 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from hashlib import blake2b
+from typing import ClassVar, TypeVar
 
 import numpy as np
 
-from hvd_sparse.core.contracts import Array, Selection
+from hvd_sparse.core.contracts import (
+    Array,
+    FixedDensity,
+    Format,
+    Formatted,
+    Selection,
+    Sparsifier,
+)
+from hvd_sparse.core.formats import Float32, Sign
 from hvd_sparse.core.levels import Levels
-from hvd_sparse.core.payload import INDEXED, SIGNS
 from hvd_sparse.kernels import host, kernels_for
 
+_Kind = TypeVar("_Kind")
 _ROUNDING = 1e-12  # of sums in float64: k equal magnitudes reach their norm at sqrt(k)
 
 
@@ -38,6 +47,33 @@ def digest(*parts: object) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
+def fixed_density(sparsifier: Sparsifier) -> float | None:
+    """Its density, if its k is the same on every rank."""
+    return sparsifier.density if isinstance(sparsifier, FixedDensity) else None
+
+
+def format_of(sparsifier: Sparsifier, values: Format | None = None) -> Format:
+    """How its values travel: as the user says, as it is made for, or unrounded.
+
+    Raises:
+        ValueError: the user says otherwise than it is made for.
+    """
+    if not isinstance(sparsifier, Formatted):
+        return Float32() if values is None else values
+    if values not in (None, sparsifier.values):
+        raise ValueError(
+            f"values must be {sparsifier.values!r}, which {sparsifier!r} is made for, "
+            f"got {values!r}"
+        )
+    return sparsifier.values
+
+
+def proved(kind: type[_Kind]) -> type[_Kind]:
+    """A class of ours whose selections tests prove: see `Proved`."""
+    kind.proved = kind  # type: ignore[attr-defined]  # declared in the protocol
+    return kind
+
+
 def check_density(density: float, name: str = "density") -> None:
     """Raise ValueError unless it is in (0, 1]."""
     if isinstance(density, bool) or not 0 < density <= 1:
@@ -50,6 +86,7 @@ def check_seed(seed: int) -> None:
         raise TypeError(f"seed must be an integer, got {seed!r}")
 
 
+@proved
 @dataclass(frozen=True)
 class TopK:
     """The k = density * n elements of largest magnitude, ties to the lowest index.
@@ -73,7 +110,7 @@ class TopK:
 
     density: float = 0.001
 
-    layout = INDEXED
+    clears: ClassVar = True
 
     def __post_init__(self) -> None:
         check_density(self.density)
@@ -120,9 +157,10 @@ class TopK:
         return host.select_group(residuals, gradients, table)
 
 
+@proved
 @dataclass(frozen=True)
-class SignTopK:
-    """The k = density * n largest elements as one scale and their signs (S+Q).
+class SignTopK(TopK):
+    """TopK with `values=Sign()`: the largest elements as one scale and signs (S+Q).
 
     sent = (sum_S |c| / k) * sign(c_S), S = TopK(r + g): half the bytes of TopK for each
     element. The scale is the one that leaves the smallest residual in the 2-norm:
@@ -146,12 +184,7 @@ class SignTopK:
         SignTopK(density=0.01)
     """
 
-    density: float = 0.001
-
-    layout = SIGNS
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
+    values: ClassVar = Sign()
 
     def descent(self, levels: Levels, sizes: Array) -> Array:
         """What so many elements are sure to gain, but for a factor they share.
@@ -162,29 +195,13 @@ class SignTopK:
         descent: Array = levels.sums(sizes) ** 2 / sizes
         return descent
 
-    def turns(self, levels: Levels) -> Array:
-        """Sizes at which the descent bends, so that it may be best there."""
-        return levels.ends
-
     @staticmethod
     def alistarh() -> "SignsUntilNorm":
         """The rule of Alistarh et al., 2017, in place of a density."""
         return SignsUntilNorm()
 
-    def select(
-        self,
-        residual: Array,
-        gradient: Array,
-        k: int,
-        step: int,
-        out: Array | None = None,
-    ) -> Selection:
-        """Overwrites residual with residual + gradient, its k largest entries 0."""
-        del step
-        kernels = kernels_for(residual)
-        return Selection(*kernels.select_top(residual, gradient, k, out))
 
-
+@proved
 @dataclass(frozen=True)
 class SignsUntilNorm:
     """As SignTopK, for the fewest elements with sum |c| >= |c|_2: at most sqrt(n).
@@ -194,7 +211,8 @@ class SignsUntilNorm:
     may be sent than the rule asks for, as many as may. `SignTopK.alistarh()` makes one.
     """
 
-    layout = SIGNS
+    values: ClassVar = Sign()
+    clears: ClassVar = True
 
     def select(
         self,
@@ -219,6 +237,7 @@ class SignsUntilNorm:
         return Selection(indices, values, nonfinite)
 
 
+@proved
 @dataclass(frozen=True)
 class RandomK:
     """k = density * n elements drawn at random, the same on every rank.
@@ -240,7 +259,8 @@ class RandomK:
     density: float = 0.01
     seed: int = 0
 
-    shared_indices = True
+    shared_indices: ClassVar = True
+    clears: ClassVar = True
 
     def __post_init__(self) -> None:
         check_density(self.density)
@@ -268,6 +288,7 @@ class RandomK:
         return Selection(*kernels.select_at(residual, gradient, indices, out))
 
 
+@proved
 @dataclass(frozen=True)
 class Threshold:
     """Every element of residual + gradient whose magnitude reaches a fixed value.
@@ -288,6 +309,8 @@ class Threshold:
     """
 
     value: float = 1e-3
+
+    clears: ClassVar = True
 
     def __post_init__(self) -> None:
         if not 0 < self.value < math.inf:

@@ -1,16 +1,24 @@
 """Select at random: unbiased, so that nothing needs to be remembered."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
 from hvd_sparse.core.contracts import Array, Selection
+from hvd_sparse.core.formats import Float32
 from hvd_sparse.core.levels import Levels
-from hvd_sparse.core.payload import INDEXED
-from hvd_sparse.core.sparsifiers import check_density, check_seed, digest, elements
+from hvd_sparse.core.sparsifiers import (
+    check_density,
+    check_seed,
+    digest,
+    elements,
+    proved,
+)
 from hvd_sparse.kernels import kernels_for
 
 
+@proved
 @dataclass(frozen=True)
 class Stochastic:
     """Each element c is sent as c / p, with probability p = min(1, rate |c|).
@@ -42,7 +50,8 @@ class Stochastic:
     expected_density: float = 0.001
     seed: int = 0
 
-    layout = INDEXED
+    values: ClassVar = Float32()  # rounded, what is sent would not be c on average
+    clears: ClassVar = False
 
     def __post_init__(self) -> None:
         check_density(self.expected_density, "expected_density")

@@ -41,6 +41,7 @@ from hvd_sparse.core.contracts import (
     Sparsifier,
 )
 from hvd_sparse.core.flight import Flight
+from hvd_sparse.core.formats import Values
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.payload import padded_bytes, split
 from hvd_sparse.core.plan import Tensor as Admitted
@@ -150,6 +151,7 @@ class SparseCompressor:
         *,
         op: int = Average,
         dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
+        values: Values | None = None,
         prefix: str = "hvd_sparse",
         process_set: Any = None,
         timeout_s: float = 600,
@@ -162,6 +164,8 @@ class SparseCompressor:
             op: that of the optimizer: hvd.Average or hvd.Sum.
             dense: which tensors go dense, by Horovod's own allreduce: WhenCheaper() or
                 Never().
+            values: how values travel: Float32(), or Sign(), which takes half the bytes;
+                unless given as the sparsifier is made for.
             prefix: of the names of collectives: letters, digits, and any of . _ / -.
                 Optimizers that work at the same time need different ones.
             process_set: the one that is given to the optimizer, if any.
@@ -184,7 +188,12 @@ class SparseCompressor:
         padded = getattr(sparsifier, "density", None) is None
         self._exchange = _GraphExchange(self._group, padded=padded)
         self._path = GradientPath(
-            sparsifier, self._exchange, op=op, dense=dense, undo=undo
+            sparsifier,
+            self._exchange,
+            op=op,
+            dense=dense,
+            values=values,
+            undo=undo,
         )
         self._prefix = prefix
         self._flights: dict[str, Flight] = {}

@@ -22,6 +22,7 @@ from hvd_sparse.advice import Adviser
 from hvd_sparse.broadcast import Broadcast, Described
 from hvd_sparse.core.configuration import describe
 from hvd_sparse.core.contracts import Average, ExchangeError, Op, Sparsifier
+from hvd_sparse.core.formats import Values
 from hvd_sparse.core.interrupts import Uninterrupted
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
@@ -266,34 +267,19 @@ def _unpack(blobs: list[Array], values: Array, indices: Array) -> tuple[Array, A
     return np.concatenate(all_values), np.concatenate(all_indices)
 
 
-def _make(
-    sparsifier: Sparsifier,
-    comm: Any,
-    op: int,
-    dense: Dense,
-    timeout_s: float,
-    undo: bool = False,
-) -> Gradients:
-    reduce = SparseAllreduce(
-        sparsifier, comm=comm, op=op, dense=dense, timeout_s=timeout_s, undo=undo
-    )
+def _make(sparsifier: Sparsifier, comm: Any, op: int, **options: Any) -> Gradients:
+    """Args: options: of SparseAllreduce."""
+    reduce = SparseAllreduce(sparsifier, comm=comm, op=op, **options)
     return Gradients(reduce, Op(op))
 
 
-def _shared(
-    sparsifier: Sparsifier,
-    comm: Any,
-    op: int,
-    dense: Dense,
-    timeout_s: float,
-    undo: bool,
-) -> Gradients:
+def _shared(sparsifier: Sparsifier, comm: Any, op: int, **options: Any) -> Gradients:
     """Those of earlier tapes of the same communicator and configuration."""
-    make = partial(_make, sparsifier, comm, op, dense, timeout_s, undo)
+    make = partial(_make, sparsifier, comm, op, **options)
     if not hasattr(comm, "Get_attr") or not comm:
         return make()  # which says what is wrong with it
-    parts = describe(sparsifier, "sparsifier"), op, describe(dense, "dense")
-    return join(comm, Configuration(type(comm), *parts, timeout_s, undo), make)
+    parts = describe(sparsifier, "sparsifier"), op, describe(options, "an option")
+    return join(comm, Configuration(type(comm), *parts), make)
 
 
 def _world() -> Any:
@@ -332,6 +318,7 @@ class DistributedGradientTape:
         comm: Any = None,
         op: int = Average,
         dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
+        values: Values | None = None,
         timeout_s: float = 600,
         undo: bool = False,
     ) -> None:
@@ -343,6 +330,8 @@ class DistributedGradientTape:
             comm: an mpi4py communicator; MPI.COMM_WORLD unless given.
             op: hvd_sparse.Average over the ranks of comm, or hvd_sparse.Sum.
             dense: which tensors go dense: WhenCheaper() or Never().
+            values: how values travel: Float32(), or Sign(), which takes half the bytes;
+                unless given as the sparsifier is made for.
             timeout_s: seconds to wait for peers in a step; a warning comes at 60.
             undo: keep a copy of every residual, so that `discard` can bring it back:
                 memory of the gradients' size, and one pass more over it.
@@ -356,7 +345,15 @@ class DistributedGradientTape:
             raise TypeError(f"tape must be a tf.GradientTape, got {kind}")
         self._tape = tape
         self._comm = _world() if comm is None else comm
-        self._sparse = _shared(sparsifier, self._comm, op, dense, timeout_s, undo)
+        self._sparse = _shared(
+            sparsifier,
+            self._comm,
+            op,
+            dense=dense,
+            values=values,
+            timeout_s=timeout_s,
+            undo=undo,
+        )
         self._closed = False
 
     def __enter__(self) -> "DistributedGradientTape":
@@ -448,6 +445,7 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
     comm: Any = None,
     op: int = Average,
     dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
+    values: Values | None = None,
     timeout_s: float = 600,
 ) -> Any:
     """Make a Keras optimizer average sparsified gradients before it applies them.
@@ -466,6 +464,8 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
         comm: an mpi4py communicator; MPI.COMM_WORLD unless given.
         op: hvd_sparse.Average over the ranks of comm, or hvd_sparse.Sum.
         dense: which tensors go dense: WhenCheaper() or Never().
+        values: how values travel: Float32(), or Sign(), which takes half the bytes;
+            unless given as the sparsifier is made for.
         timeout_s: seconds to wait for peers in a step; a warning comes at 60.
 
     Returns:
@@ -483,12 +483,17 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
         raise TypeError(f"optimizer must be a Keras optimizer, got {kind.__name__}")
     if hasattr(optimizer, "stateless_apply"):
         check_scale(optimizer)
-    options = {"comm": comm, "op": op, "dense": dense, "timeout_s": timeout_s}
-    again = partial(DistributedOptimizer, sparsifier=sparsifier, **options)
+    options: dict[str, Any] = {
+        "op": op,
+        "dense": dense,
+        "values": values,
+        "timeout_s": timeout_s,
+    }
+    again = partial(DistributedOptimizer, sparsifier=sparsifier, comm=comm, **options)
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     own = {**names, "_plain": kind, "_again": staticmethod(again)}
     distributed = type(kind.__name__, (_mixin(optimizer), kind), own)
-    sparse = _make(sparsifier, comm, op, dense, timeout_s)
+    sparse = _make(sparsifier, comm, **options)
     # past __setattr__, which would track these as parts of the model
     object.__setattr__(optimizer, "_sparse", sparse)
     object.__setattr__(optimizer, "__class__", distributed)

@@ -12,6 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from hvd_sparse.core.contracts import Average, Sparsifier
+from hvd_sparse.core.formats import Values
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.tensorflow.marking import expecting, watch_loading
 from hvd_sparse.tensorflow.mpi import DistributedOptimizer
@@ -26,6 +27,7 @@ def load_model(
     comm: Any = None,
     op: int = Average,
     dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
+    values: Values | None = None,
     timeout_s: float = 600,
     **options: Any,
 ) -> Any:
@@ -40,6 +42,7 @@ def load_model(
         comm: as for DistributedOptimizer.
         op: as for DistributedOptimizer.
         dense: as for DistributedOptimizer.
+        values: as for DistributedOptimizer.
         timeout_s: as for DistributedOptimizer.
         options: of tf.keras.models.load_model, such as custom_objects.
 
@@ -57,6 +60,13 @@ def load_model(
             f"{path}: there is no optimizer in it; compile the model with a "
             "DistributedOptimizer"
         )
-    rest = {"comm": comm, "op": op, "dense": dense, "timeout_s": timeout_s}
-    DistributedOptimizer(optimizer, sparsifier, **rest)
+    DistributedOptimizer(
+        optimizer,
+        sparsifier,
+        comm=comm,
+        op=op,
+        dense=dense,
+        values=values,
+        timeout_s=timeout_s,
+    )
     return model

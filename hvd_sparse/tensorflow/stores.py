@@ -21,15 +21,15 @@ class Configuration(NamedTuple):
 
     Attributes:
         kind: class of the communicator: a subclass may do more than MPI's.
-        sparsifier: as ranks agree on it; so is dense.
+        sparsifier: as ranks agree on it.
+        op: Average or Sum.
+        options: the others of a SparseAllreduce.
     """
 
     kind: type
     sparsifier: str
     op: int
-    dense: str
-    timeout_s: float
-    undo: bool
+    options: str
 
 
 class _Shared:

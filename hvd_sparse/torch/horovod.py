@@ -36,6 +36,7 @@ from hvd_sparse.advice import Adviser
 from hvd_sparse.carriers import Carrier, Embedded, Gathered
 from hvd_sparse.core.contracts import Average, ExchangeError, Op, Sparsifier
 from hvd_sparse.core.flight import Flight
+from hvd_sparse.core.formats import Values
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.scaling import scale_of
@@ -170,6 +171,7 @@ class SparseCompressor:
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
         op: int | None = None,
         dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
+        values: Values | None = None,
         exchange: Carrier = Gathered(),  # noqa: B008  # frozen as well
         prefix: str = "hvd_sparse",
         process_set: Any = None,
@@ -186,6 +188,8 @@ class SparseCompressor:
             op: found out from Horovod unless given; then a mismatch is an error.
             dense: which tensors go dense, by Horovod's own allreduce: WhenCheaper() or
                 Never().
+            values: how values travel: Float32(), or Sign(), which takes half the bytes;
+                unless given as the sparsifier is made for.
             exchange: Gathered(), or Embedded() where ranks may call hvd.join().
             prefix: of the names of collectives. Optimizers that work at the same time
                 on parameters of equal names need different ones.
@@ -228,6 +232,7 @@ class SparseCompressor:
             self._carrier,
             op=expected,
             dense=dense,
+            values=values,
             loss_scale=scale_of(scaler),
             undo=undo,
         )

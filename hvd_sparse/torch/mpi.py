@@ -20,6 +20,7 @@ import torch
 
 from hvd_sparse.advice import Adviser
 from hvd_sparse.core.contracts import Average, Op, Sparsifier
+from hvd_sparse.core.formats import Values
 from hvd_sparse.core.interrupts import Uninterrupted
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.scaling import is_finite
@@ -54,6 +55,7 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
     comm: Any = None,
     op: int = Average,
     dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
+    values: Values | None = None,
     backward_passes_per_step: int = 1,
     timeout_s: float = 600,
     scaler: Any = None,
@@ -79,6 +81,8 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
         comm: an mpi4py communicator; MPI.COMM_WORLD unless given.
         op: hvd_sparse.Average over the ranks of comm, or hvd_sparse.Sum.
         dense: which tensors go dense: WhenCheaper() or Never().
+        values: how values travel: Float32(), or Sign(), which takes half the bytes;
+            unless given as the sparsifier is made for.
         backward_passes_per_step: how often you call backward() before step(). The
             gradient is their sum, as in Horovod. Since the exchange runs in step(),
             calling backward more often or less is no error.
@@ -113,6 +117,7 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
         comm=comm,
         op=op,
         dense=dense,
+        values=values,
         timeout_s=timeout_s,
         scaler=scaler,
         undo=undo,

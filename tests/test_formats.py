@@ -1,0 +1,154 @@
+"""`values=`: how values travel, whatever selects them."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from laws import AFFINE, DTYPES, Ranks, TakesTurns, loopback, same_bits, send, wide
+
+from hvd_sparse import (
+    CAT,
+    Float32,
+    Format,
+    PayloadError,
+    RandomK,
+    Sign,
+    SignTopK,
+    Stochastic,
+    Threshold,
+    TopK,
+)
+from hvd_sparse.core.formats import FORMATS
+from hvd_sparse.core.path import GradientPath
+
+RANKS = 3
+STEPS = 5
+N = 300
+
+
+def gradients(dtype: str, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(N).astype(DTYPES[dtype]) for _ in range(RANKS)]
+
+
+def values_of_one_size(sent: np.ndarray) -> bool:
+    return np.unique(np.abs(sent)).size <= 1
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_sign_top_k_is_top_k_with_signs(dtype: str) -> None:
+    one, other = Ranks(RANKS, SignTopK(0.1)), Ranks(RANKS, TopK(0.1), values=Sign())
+    for step in range(STEPS):
+        given = gradients(dtype, step)
+        for a, b in zip(one.step(given), other.step(given), strict=True):
+            same_bits(a, b)
+        for a, b in zip(one.residuals(), other.residuals(), strict=True):
+            same_bits(a, b)
+    assert [p.traffic.sent_bytes for p in one.paths] == [
+        p.traffic.sent_bytes for p in other.paths
+    ]
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize(
+    "sparsifier", [TopK(0.1), Threshold(1.0), TakesTurns(7)], ids=repr
+)
+def test_nothing_is_lost_whatever_is_sent_as_signs(sparsifier: Any, dtype: str) -> None:
+    ranks = Ranks(RANKS, sparsifier, values=Sign())
+    kept = [np.zeros(N, wide(DTYPES[dtype]))] * RANKS
+    for step in range(STEPS):
+        given = gradients(dtype, step)
+        ranks.step(given)
+        ranks.assert_all_went_sparse()
+        for rank, sent in enumerate(ranks.sent):
+            total = kept[rank] + given[rank].astype(kept[rank].dtype)
+            assert values_of_one_size(sent.values)
+            expected = total.copy()
+            # what rounding took is a difference, and the sum of both is not exact
+            expected[sent.indices] = total[sent.indices] - sent.values
+            same_bits(ranks.residuals()[rank], expected)
+        kept = ranks.residuals()
+
+
+@pytest.mark.parametrize(
+    ("sparsifier", "values"),
+    [
+        (SignTopK(0.1), Float32()),
+        (SignTopK.alistarh(), Float32()),
+        (Stochastic(0.1), Sign()),
+        (CAT(TopK(), AFFINE), Sign()),
+        (CAT(SignTopK(), AFFINE), Float32()),
+    ],
+    ids=repr,
+)
+def test_what_is_made_for_other_values_is_refused(
+    sparsifier: Any, values: Float32 | Sign
+) -> None:
+    [exchange] = loopback(1)
+    with pytest.raises(ValueError, match=r"^values must be .*, which .* is made for"):
+        GradientPath(sparsifier, exchange, values=values)
+
+
+def test_signs_need_indices_that_travel() -> None:
+    [exchange] = loopback(1)
+    with pytest.raises(ValueError, match=r"values=Sign\(\) needs indices that travel"):
+        GradientPath(RandomK(0.1), exchange, values=Sign())
+
+
+@pytest.mark.parametrize("values", [Sign, "sign", 3])
+def test_what_is_no_format_is_refused(values: Any) -> None:
+    [exchange] = loopback(1)
+    with pytest.raises(TypeError, match=r"^values must be Float32\(\) or Sign\(\)"):
+        GradientPath(TopK(0.1), exchange, values=values)
+
+
+def test_ranks_whose_values_differ_are_told() -> None:
+    ends = loopback(2)
+    paths = [
+        GradientPath(TopK(0.1), end, values=values)
+        for end, values in zip(ends, (None, Sign()), strict=True)
+    ]
+    flights = [send(path, np.ones(N, np.float32)) for path in paths]
+    for path, flight in zip(paths, flights, strict=True):
+        with pytest.raises(PayloadError, match=r"w: rank \d: layout \d, expected \d"):
+            path.receive([flight], [np.empty(N, np.float32)])
+
+
+def test_what_says_nothing_new_is_not_part_of_the_configuration() -> None:
+    """So that states of releases without `values=` still load."""
+    [exchange] = loopback(1)
+    for sparsifier, values in ((TopK(0.1), Float32()), (SignTopK(0.1), Sign())):
+        said = GradientPath(sparsifier, exchange, values=values)
+        silent = GradientPath(sparsifier, exchange)
+        assert said.plan.configuration == silent.plan.configuration
+    signs = GradientPath(TopK(0.1), exchange, values=Sign())
+    assert signs.plan.configuration.endswith(", values=Sign()")
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=repr)
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_formats_keep_their_promises(form: Format, dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    for k in (0, 1, 7, 100):
+        indices = np.sort(rng.choice(N, k, replace=False)).astype(np.int32)
+        values = rng.standard_normal(k).astype(wide(DTYPES[dtype]))
+        out = np.full(form.bytes(k, dtype), 0xEE, np.uint8)
+        sent = form.write(out, indices, values)
+        found_indices, found_values = form.read(out, k, dtype)
+        same_bits(found_values, sent)
+        if found_indices.size:  # else every rank knows them
+            same_bits(found_indices, indices)
+        assert form.most(out.size, dtype) == k
+        if (offsets := form.offsets(k, dtype)) is not None:
+            assert out[offsets[0] :][: 4 * k].tobytes() == indices.tobytes()
+            assert out[offsets[1] :][: values.nbytes].tobytes() == values.tobytes()
+    assert form.most(form.bytes(0, dtype) - 1, dtype) < 0
+
+
+def test_a_scale_is_the_mean_magnitude() -> None:
+    values = np.array([3.0, -1.0, 0.0, -6.0], np.float32)
+    out = np.empty(Sign().bytes(4, "float32"), np.uint8)
+    sent = Sign().write(out, np.arange(4, dtype=np.int32), values)
+    assert sent.tolist() == [2.5, -2.5, 2.5, -2.5]
+    assert math.isclose(np.abs(sent - values).sum(), 0.5 + 1.5 + 2.5 + 3.5)
