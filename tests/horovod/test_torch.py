@@ -158,6 +158,20 @@ def test_replicas_agree_where_ranks_choose_k(sparsifier):
     assert all_went_sparse(compression)
 
 
+@pytest.mark.ranks
+@pytest.mark.transport
+@pytest.mark.parametrize("exchange", [Gathered(), Embedded()], ids=repr)
+def test_values_choose_how_they_travel(exchange):
+    trained = []
+    for sparsifier, values in ((TopK(0.05), sparse.Sign()), (SignTopK(0.05), None)):
+        model = perceptron()
+        options = {"exchange": exchange, "values": values}
+        compression = compressor(model, sparsifier, **options)
+        train(model, wrap(model, compression), range(4))
+        trained.append((bits(model), compression.traffic.sent_bytes))
+    assert trained[0] == trained[1]
+
+
 class Heads(nn.Module):
     """Uses heads in any order, or not at all."""
 

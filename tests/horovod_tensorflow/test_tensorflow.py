@@ -11,6 +11,8 @@ from doors import KERAS_OPTIMIZERS, LOW_DENSITIES, SPARSIFIERS
 from hvd_sparse import (
     Never,
     RandomK,
+    Sign,
+    SignTopK,
     Sum,
     TopK,
     WhenCheaper,
@@ -138,6 +140,15 @@ def test_density_one_is_stock_horovod_with_every_option(option, kind):
 @pytest.mark.parametrize("sparsifier", SPARSIFIERS, ids=repr)
 def test_replicas_agree_bitwise(sparsifier):
     assert agree(bits(fit(compressor(sparsifier))))
+
+
+@pytest.mark.ranks
+@pytest.mark.transport
+def test_values_choose_how_they_travel():
+    signs = compressor(TopK(0.05), values=Sign())
+    known = compressor(SignTopK(0.05))
+    assert bits(fit(signs)) == bits(fit(known))
+    assert signs.traffic.sent_bytes == known.traffic.sent_bytes
 
 
 @pytest.mark.ranks

@@ -20,6 +20,7 @@ from hvd_sparse import (
     PayloadError,
     RandomK,
     Selection,
+    Sign,
     SignTopK,
     Stochastic,
     Sum,
@@ -81,6 +82,18 @@ def test_replicas_agree_bitwise(sparsifier, dense, dtype):
         routes = {t.route for t in reduce.traffic.tensors.values()}
         assert dense != Never() or routes == {"sparse"}
         assert reduce.traffic.steps == 4
+
+
+@pytest.mark.ranks
+def test_values_choose_how_they_travel():
+    reduced = []
+    for sparsifier, values in ((TopK(0.05), Sign()), (SignTopK(0.05), None)):
+        options = {"comm": COMM, "dense": Never(), "values": values}
+        with SparseAllreduce(sparsifier, **options) as reduce:
+            results = reduce.grouped_allreduce(gradients(0, np.float32))
+            found = {name: result.tobytes() for name, result in results.items()}
+            reduced.append((found, reduce.traffic.sent_bytes))
+    assert reduced[0] == reduced[1]
 
 
 @pytest.mark.ranks

@@ -18,6 +18,7 @@ from hvd_sparse import (
     ExchangeError,
     Never,
     RandomK,
+    SignTopK,
     Sum,
     TopK,
     WhenCheaper,
@@ -112,6 +113,24 @@ def test_replicas_agree_bitwise_with_fit(sparsifier, kind):
     assert optimizer.traffic.steps == 2 * 10 + 4
     assert {t.route for t in optimizer.traffic.tensors.values()} == {"sparse"}
     optimizer.close()
+
+
+@pytest.mark.ranks
+def test_values_choose_how_they_travel():
+    trained = []
+    for sparsifier, values in ((TopK(0.05), sparse.Sign()), (SignTopK(0.05), None)):
+        model = perceptron()
+        optimizer = distribute(optimizer_of("SGD"), sparsifier, values=values)
+        model.compile(optimizer, "mse")
+        fit(model, *data())
+        tape = tape_of(sparsifier, values=values)
+        for _ in range(2):
+            stepper(model, tape, tf.keras.optimizers.SGD(0.05))(*data())
+        sent = optimizer.traffic.sent_bytes, tape.traffic.sent_bytes
+        trained.append((bits(model), sent))
+        optimizer.close()
+        tape.close()
+    assert trained[0] == trained[1]
 
 
 @pytest.mark.ranks

@@ -16,6 +16,7 @@ from hvd_sparse import (
     ExchangeError,
     Never,
     RandomK,
+    SignTopK,
     Sum,
     TopK,
 )
@@ -92,6 +93,19 @@ def test_replicas_agree_bitwise(sparsifier, dtype):
     assert replicas_agree(model)
     assert {t.route for t in optimizer.traffic.tensors.values()} == {"sparse"}
     optimizer.close()
+
+
+@pytest.mark.ranks
+def test_values_choose_how_they_travel():
+    trained = []
+    for sparsifier, values in ((TopK(0.05), sparse.Sign()), (SignTopK(0.05), None)):
+        torch.manual_seed(0)
+        model = perceptron()
+        optimizer = distribute(sgd(model), model, sparsifier, values=values)
+        train(model, optimizer, range(4))
+        trained.append((bits(model), optimizer.traffic.sent_bytes))
+        optimizer.close()
+    assert trained[0] == trained[1]
 
 
 @pytest.mark.ranks
