@@ -17,8 +17,8 @@ def title(example: str) -> str:
     return re.findall(r"^class (\w+)", example, re.M)[0]
 
 
-def test_the_examples_are_a_sparsifier_and_a_transport() -> None:
-    assert list(map(title, EXAMPLES)) == ["InTurn", "InProcess"]
+def test_the_examples_are_a_sparsifier_a_format_and_a_transport() -> None:
+    assert list(map(title, EXAMPLES)) == ["InTurn", "IndicesFirst", "InProcess"]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=title)

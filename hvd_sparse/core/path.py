@@ -11,7 +11,7 @@ bytes are carried by the `Exchange` it was given.
 | what | where |
 |---|---|
 | the stages, in detail | `outbound`, `inbound`; of many small tensors at once `fused` |
-| what ranks decide alike: route, layout, k, digest | `plan` |
+| what ranks decide alike: route, format, k, digest | `plan` |
 | one gradient on its way | `flight` |
 | what was not sent | `memory`; saved, loaded, thrown away: `residuals`, `undo` |
 | gradients that are multiplied with a loss scale | `scaling` |

@@ -1,6 +1,6 @@
 """Plan: how each tensor goes, decided by every rank from what all of them know.
 
-Route, layout, k and the digest of a tensor follow from its name, shape and dtype, from
+Route, format, k and the digest of a tensor follow from its name, shape and dtype, from
 the configuration and from the number of ranks. A peer that decided otherwise has
 another digest, and is found out before its data is used.
 """
