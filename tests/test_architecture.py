@@ -55,6 +55,9 @@ COLLECTIVES = {"mpi4py", "horovod"}
 # what walks the frames of callers
 FRAMES = {"_getframe", "_current_frames", "currentframe", "f_back", "f_locals"}
 
+# finds out what an object can do, instead of a declaration that says it
+SNIFFING = {"hasattr", "getattr", "signature"}
+
 MOST_LINES = 850  # of a file: kernels/host.py
 MOST_LINES_OF_PATH = 200
 
@@ -191,6 +194,45 @@ def test_frames_are_walked_in_three_files() -> None:
         "hvd_sparse.torch.names",
         "hvd_sparse.torch.scaling",
     }
+
+
+def test_the_core_sniffs_at_nothing() -> None:
+    """What may be called is declared in `core/contracts.py`, and asked by isinstance.
+
+    Two files look at objects of any kind: what ranks agree on, and signal handlers.
+    """
+    sniffing = {
+        module
+        for module, path in SOURCES.items()
+        if module.startswith("hvd_sparse.core.")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        if node.func.id in SNIFFING
+    }
+    assert sniffing == {
+        "hvd_sparse.core.configuration",
+        "hvd_sparse.core.interrupts",
+    }
+
+
+def test_the_path_knows_no_sparsifier_by_class() -> None:
+    kinds = {
+        "TopK",
+        "RandomK",
+        "Threshold",
+        "SignTopK",
+        "Stochastic",
+        "CAT",
+        "ExactCAT",
+    }
+    stages = ("path", "plan", "flight", "outbound", "inbound", "fused", "payload")
+    named = {
+        (stage, node.id)
+        for stage in stages
+        for node in ast.walk(ast.parse(SOURCES[f"hvd_sparse.core.{stage}"].read_text()))
+        if isinstance(node, ast.Name) and node.id in kinds
+    }
+    assert named == set()
 
 
 def test_path_is_read_in_one_sitting() -> None:

@@ -181,6 +181,15 @@ class Grouped(Protocol):
         ...
 
 
+@runtime_checkable
+class Scaler(Protocol):
+    """What multiplies the loss, such as a GradScaler."""
+
+    def get_scale(self) -> float:
+        """By how much, in the step to come; the same on every rank."""
+        ...
+
+
 class Format(Protocol):
     """Which bytes the entries of a payload become, and how many for k of them.
 

@@ -1,6 +1,7 @@
 """The way there, stage by stage: accumulate, select, encode, start the exchange."""
 
 from collections.abc import Container, Sequence
+from copy import deepcopy
 
 import numpy as np
 
@@ -10,7 +11,6 @@ from hvd_sparse.core.flight import Flight
 from hvd_sparse.core.fused import Fused, Pair, alike
 from hvd_sparse.core.payload import Bytes, encode
 from hvd_sparse.core.plan import Tensor
-from hvd_sparse.core.undo import copied
 
 _CACHED = 1 << 16  # elements, below which another pass over a gradient costs little
 
@@ -58,7 +58,7 @@ class Outbound:
     def _select_by_users(self, tensor: Tensor, flat: Array) -> Selection:
         """A user's sparsifier may raise, or be refused, at any point of its work."""
         residual = self._memory.residual(tensor.name, flat)
-        before = copied(residual)
+        before = deepcopy(residual)
         try:
             selection = tensor.select(residual, flat, None)
             check_selection(tensor, selection)

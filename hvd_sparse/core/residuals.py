@@ -1,5 +1,6 @@
 """Residuals and steps of a path, beside its steps: saved, loaded, thrown away."""
 
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from hvd_sparse.core.flight import last_sent
 from hvd_sparse.core.plan import Plan, Tensor, dtype_of
 from hvd_sparse.core.scaling import LossScale
 from hvd_sparse.core.traffic import Traffic
-from hvd_sparse.core.undo import Undo, copied
+from hvd_sparse.core.undo import Undo
 from hvd_sparse.kernels import kernels_for
 
 STATE_FORMAT = 1
@@ -59,7 +60,7 @@ class Residuals:
             "tensors": {
                 # loaded and not used since: still waiting, so still part of the state
                 **{
-                    name: {"chosen": 0, **saved, "residual": copied(saved["residual"])}
+                    name: deepcopy({"chosen": 0, **saved})
                     for name, saved in self.waiting.items()
                 },
                 **{
@@ -71,7 +72,7 @@ class Residuals:
 
     def _kept(self, tensor: Tensor) -> Array | None:
         """A copy of its residual, with what is on its way."""
-        residual = copied(self._memory.residuals.get(tensor.name))
+        residual = deepcopy(self._memory.residuals.get(tensor.name))
         if tensor.in_flight and residual is not None:
             sent = last_sent(tensor, tensor.header)
             kernels_for(residual).add_at(residual, sent.indices, sent.values)

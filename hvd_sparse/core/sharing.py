@@ -79,8 +79,9 @@ def share(first: Array, second: Array) -> bool:
 
 def repeats(array: Array) -> bool:
     """Whether two elements of it are one in memory, as after a broadcast."""
-    contiguous = getattr(array, "is_contiguous", lambda: array.flags.c_contiguous)
-    if contiguous() or _is_nested(array):
+    on_host = isinstance(array, np.ndarray)
+    contiguous = array.flags.c_contiguous if on_host else array.is_contiguous()
+    if contiguous or _is_nested(array):
         return False
     places = np.zeros((), np.int64)
     for length, stride in zip(array.shape, _strides(array), strict=True):

@@ -4,10 +4,8 @@ Subtracting what was added would not do: (r + g) - g is not r where g is large. 
 a copy of each residual, which costs memory of the gradient's size and a pass over it.
 """
 
-from copy import copy
-from typing import Any, NamedTuple
-
-import numpy as np
+from copy import deepcopy
+from typing import NamedTuple
 
 from hvd_sparse.core.contracts import Array, Memory
 from hvd_sparse.core.plan import Plan, Tensor
@@ -51,7 +49,7 @@ class Undo:
             if name in self._copies:
                 self._copies[name][...] = residual
             else:
-                self._copies[name] = copied(residual)
+                self._copies[name] = deepcopy(residual)
         self._begun = True
         self._last[name] = _Before(tensor.header.step, tensor.chosen)
 
@@ -84,10 +82,3 @@ class Undo:
         for kept in (self._copies, self._last, self._taken):
             for each in [name] if name is not None else [*kept]:
                 kept.pop(each, None)
-
-
-def copied(array: Any) -> Any:
-    """In memory of its own: an array of any framework, or None."""
-    if isinstance(array, np.ndarray) or array is None:
-        return copy(array)
-    return array.clone() if hasattr(array, "clone") else copy(array)
