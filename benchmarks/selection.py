@@ -32,6 +32,7 @@ from hvd_sparse import CAT, Affine, Never, SignTopK, Stochastic, TopK
 from hvd_sparse.core.costs import Message
 from hvd_sparse.core.sparsifiers import elements
 from hvd_sparse.kernels import host
+from hvd_sparse.kernels.host.estimate import estimate_bound
 from hvd_sparse.mpi import SparseAllreduce
 
 POOL = 6  # gradients that take turns
@@ -99,7 +100,7 @@ def pool(kind, n):
 
 def misses(residual, gradient, k):
     """Whether the estimate that select_top is about to make is too high."""
-    bound = host._estimate(residual, gradient, 1, k, 1)
+    bound = estimate_bound(residual, gradient, 1, k, 1)
     return int(np.count_nonzero(np.abs(residual + gradient) >= bound) < k)
 
 

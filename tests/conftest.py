@@ -24,7 +24,7 @@ EXAMPLES = {"--quick": 2, "": 5, "--thorough": 20}
 KEPT_TOGETHER = ("tests/test_elastic.py", "tests/test_slurm.py")
 
 # what only ranks can import; collecting doctests would import, and so run, it
-collect_ignore = ["members.py", "programs"]
+collect_ignore = ["counting.py", "members.py", "programs"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -58,7 +58,14 @@ FRAMES = {"_getframe", "_current_frames", "currentframe", "f_back", "f_locals"}
 # finds out what an object can do, instead of a declaration that says it
 SNIFFING = {"hasattr", "getattr", "signature"}
 
-MOST_LINES = 850  # of a file: kernels/host.py
+MOST_LINES = 450  # of a file
+# what is still to be split, with the lines it has: numbers get smaller, no row is added
+LARGER = {
+    "hvd_sparse.exchange": 539,
+    "hvd_sparse.mpi": 556,
+    "hvd_sparse.tensorflow.horovod": 618,
+    "hvd_sparse.torch.horovod": 796,
+}
 MOST_LINES_OF_PATH = 200
 
 
@@ -239,8 +246,12 @@ def test_path_is_read_in_one_sitting() -> None:
     assert lines(SOURCES["hvd_sparse.core.path"]) <= MOST_LINES_OF_PATH
 
 
-def test_no_file_grows_beyond_the_largest() -> None:
-    assert {p: n for p in SOURCES.values() if (n := lines(p)) > MOST_LINES} == {}
+def test_no_file_grows_beyond_a_size_that_can_be_read() -> None:
+    sizes = {module: lines(path) for module, path in SOURCES.items()}
+    most = {module: LARGER.get(module, MOST_LINES) for module in SOURCES}
+    assert {m: n for m, n in sizes.items() if n > most[m]} == {}
+    split = {m for m in LARGER if m not in sizes or sizes[m] <= MOST_LINES}
+    assert split == set(), "take them out of LARGER"
 
 
 def lines(path: Path) -> int:

@@ -21,7 +21,7 @@ from hvd_sparse import (
 )
 from hvd_sparse.core.flight import Flight
 from hvd_sparse.core.path import GradientPath
-from hvd_sparse.kernels.threads import SMALLEST_PART
+from hvd_sparse.kernels.host.threads import SMALLEST_PART
 
 WIDE = [np.float32, np.float64]
 SEVERAL = {"a": (7, 3), "b": (), "c": (300,), "d": (40000,)}

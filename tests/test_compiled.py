@@ -9,17 +9,20 @@ from pathlib import Path
 import pytest
 
 import hvd_sparse
-from hvd_sparse.kernels.compiled import _Files
+from hvd_sparse.kernels.host.jit import _Files
 from hvd_sparse.warm_up import warm_up
+
+LOOPS = Path("kernels", "host")
 
 # all of this package that one small kernel needs; what it compiles takes seconds
 PROGRAM = """
 import numpy as np
 from hvd_sparse.kernels import host
+from hvd_sparse.kernels.host.candidates import compact
 residual = np.zeros(64, np.float32)
 host.add_at(residual, np.array([3], np.int32), np.ones(1, residual.dtype))
 host.accumulate(residual, np.ones_like(residual))
-stats = host._compact.stats
+stats = compact.stats
 print(residual[0], sum(stats.cache_misses.values()), sum(stats.cache_hits.values()))
 """
 
@@ -49,7 +52,7 @@ def run(package: Path, program: str = PROGRAM, **variables: str) -> list[str]:
 
 
 def compiled_in(package: Path) -> set[Path]:
-    return set((package / "kernels" / "__pycache__").glob("*.nb*"))
+    return set((package / LOOPS / "__pycache__").glob("*.nb*"))
 
 
 @pytest.mark.jobs
@@ -66,11 +69,11 @@ def test_an_edit_of_any_source_is_compiled_and_the_old_code_forgotten(
 ) -> None:
     run(copied)
     old = compiled_in(copied)
-    lanes = copied / "kernels" / "lanes.py"
+    simd = copied / LOOPS / "simd.py"
     added, subtracted = "builder.fadd(old, added)", "builder.fsub(old, added)"
-    source = lanes.read_text()
+    source = simd.read_text()
     assert added in source
-    lanes.write_text(source.replace(added, subtracted))
+    simd.write_text(source.replace(added, subtracted))
     assert run(copied) == ["-1.0", "1", "0"]
     assert compiled_in(copied)
     assert not compiled_in(copied) & old
@@ -103,8 +106,8 @@ def test_damaged_machine_code_is_compiled_again(tmp_path: Path) -> None:
 GONE = """
 import shutil
 from pathlib import Path
-from hvd_sparse.kernels import compiled
-folder = Path(compiled.__file__).parent / "__pycache__"
+from hvd_sparse.kernels.host import jit
+folder = Path(jit.__file__).parent / "__pycache__"
 shutil.rmtree(folder)
 folder.touch()  # no folder any more, even for root
 """
@@ -113,7 +116,7 @@ GONE_BEFORE = """
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
-folder = Path(find_spec("hvd_sparse").origin).parent / "kernels" / "__pycache__"
+folder = Path(find_spec("hvd_sparse").origin).parent / "kernels/host/__pycache__"
 shutil.rmtree(folder)
 folder.touch()
 """
@@ -125,7 +128,7 @@ def test_a_folder_that_can_not_be_written_any_more_costs_time_alone(
 ) -> None:
     loaded = PROGRAM.replace("residual =", f"{GONE}\nresidual =", 1)
     assert run(copied, program=loaded) == ["1.0", "1", "0"]
-    assert (copied / "kernels" / "__pycache__").is_file()
+    assert (copied / LOOPS / "__pycache__").is_file()
 
 
 @pytest.mark.jobs
@@ -144,7 +147,7 @@ def test_what_was_warmed_up_beside_the_sources_serves_who_may_not_write_there(
 def test_compiling_is_said_once_with_how_long_it_takes_and_where_it_is_kept(
     copied: Path,
 ) -> None:
-    kept = copied / "kernels" / "__pycache__"
+    kept = copied / LOOPS / "__pycache__"
     two = f"{PROGRAM}\nhost.norm(residual)"  # another loop
     (said,) = said_by(copied, two)
     assert said.startswith(
@@ -166,17 +169,18 @@ def said_by(package: Path, program: str) -> list[str]:
 
 EVERYTHING = """
 import itertools
+import sys
 import numpy as np
 from laws import DTYPES, EVERY, Kind, Ranks
-from hvd_sparse.kernels import drawing, host
 for dtype, sparsify, in_place in itertools.product(DTYPES, EVERY, (False, True)):
     ranks = Ranks(2, EVERY[sparsify](0.01))
     kind = Kind((9973,), "normal", "contiguous", 0)
     for layout in ("contiguous", "read-only")[: 1 if in_place else 2]:
         step = ranks.step_in_place if in_place else ranks.step
         step([kind._replace(layout=layout).make(DTYPES[dtype], r) for r in range(2)])
-loops = [loop for m in (drawing, host) for loop in vars(m).values()
-         if hasattr(loop, "stats")]
+loops = {loop for name, module in sys.modules.items()
+         if name.startswith("hvd_sparse.kernels.host.")
+         for loop in vars(module).values() if hasattr(loop, "stats")}
 assert sum(sum(loop.stats.cache_hits.values()) for loop in loops) > 30
 for loop in loops:
     for signature in loop.stats.cache_misses:

@@ -30,9 +30,10 @@ from laws import (
     wide,
 )
 
-from hvd_sparse.kernels import host, kernels_for, reference, threads
-from hvd_sparse.kernels.lanes import LANES
-from hvd_sparse.kernels.room import reserve
+from hvd_sparse.kernels import host, kernels_for, reference
+from hvd_sparse.kernels.host import selection, threads, zeros
+from hvd_sparse.kernels.host.simd import LANES
+from hvd_sparse.kernels.host.workspace import reserve
 
 NOT_FINITE = [np.nan, np.inf, -np.inf]
 FLAT = [(0,), (1,), (2,), (15,), (16,), (17,), (33,), (257,), (4096,), (4097,), (9973,)]
@@ -314,7 +315,7 @@ def test_zeros_that_are_streamed_are_the_references_and_stay_inside(
 ) -> None:
     if dtype.itemsize == 2 and part == "one in a group":
         return  # groups are of wide gradients
-    monkeypatch.setattr(host, "_BEYOND_CACHE", -1)
+    monkeypatch.setattr(zeros, "_BEYOND_CACHE", -1)
     payloads = payloads_of(
         Kind((size,), "normal", "contiguous", 1), dtype, [0.01, 0, 0.005]
     )
@@ -337,11 +338,11 @@ def test_zeros_that_are_streamed_are_the_references_and_stay_inside(
 def test_large_results_of_few_entries_are_streamed_by_several_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(host, "_BEYOND_CACHE", 1 << 20)
+    monkeypatch.setattr(zeros, "_BEYOND_CACHE", 1 << 20)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     size = 3 * threads.SMALLEST_PART + 7
     assert len(threads.parts(size, LANES)) == 3
-    assert host._streams(size, 4, size // 100)
+    assert zeros.are_streamed(size, 4, size // 100)
     kind = Kind((size,), "normal", "contiguous", 1)
     payloads = payloads_of(kind, np.dtype(np.float32), [0.005, 0.001])
     expected, out = np.full((2, size), 7, np.float32)
@@ -411,9 +412,10 @@ def test_the_estimate_decides_the_time_and_never_the_result(
     def anything(residual: Any, gradient: Any, stride: int, k: int, wide: int) -> Any:
         return value if wide < residual.size else type(value)(0)  # the last resort
 
-    monkeypatch.setattr(host, "_estimate", anything)
+    monkeypatch.setattr(selection, "estimate_bound", anything)
     if not parted:  # what is compiled would not look it up
-        monkeypatch.setattr(host, "_select_top", host._select_top.py_func)
+        at_once = selection.select_at_once.py_func
+        monkeypatch.setattr(selection, "select_at_once", at_once)
     kind = Kind((20_000,), style, "contiguous", 2)
     residual, gradient = residual_and_gradient(kind, dtype, wrong=3)
     assert_as_reference(KERNELS["host"], "select_top", residual, gradient, k)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvd_sparse.kernels.drawing import BINS, SHIFTS
+from hvd_sparse.kernels.bins import BINS, SHIFTS
 
 Array = npt.NDArray[Any]
 

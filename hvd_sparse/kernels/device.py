@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hvd_sparse.kernels import host
-from hvd_sparse.kernels.drawing import BINS, SHIFTS
+from hvd_sparse.kernels.bins import BINS, SHIFTS
 from hvd_sparse.kernels.reference import check_indices, check_places
 
 Tensor = torch.Tensor

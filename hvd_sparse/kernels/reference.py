@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvd_sparse.kernels.drawing import BINS, SHIFTS
+from hvd_sparse.kernels.bins import BINS, SHIFTS
 
 Array = npt.NDArray[Any]
 Selected = tuple[Array, Array, int]
@@ -103,7 +103,7 @@ def select_again(residual: Array, k: int) -> tuple[Array, Array]:
 
 
 def count_magnitudes(values: Array) -> Array:
-    """(bins,) int64: how many magnitudes each logarithmic bin holds; see `drawing`."""
+    """(bins,) int64: how many magnitudes each logarithmic bin holds; see `bins`."""
     patterns = np.abs(values).view(f"u{values.itemsize}")
     places = (patterns >> patterns.dtype.type(SHIFTS[values.itemsize])).astype(np.int64)
     return np.bincount(places, minlength=BINS[values.itemsize])

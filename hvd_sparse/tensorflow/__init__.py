@@ -33,14 +33,11 @@ from hvd_sparse.extras import needs
 
 with needs("tensorflow", extra="tensorflow"):
     from hvd_sparse.tensorflow.advice import advise
+    from hvd_sparse.tensorflow.broadcast import broadcast_variables
     from hvd_sparse.tensorflow.callbacks import ResidualCheckpoint, TrafficLogger
     from hvd_sparse.tensorflow.horovod import SparseCompressor
     from hvd_sparse.tensorflow.measuring import measure
-    from hvd_sparse.tensorflow.mpi import (
-        DistributedGradientTape,
-        DistributedOptimizer,
-        broadcast_variables,
-    )
+    from hvd_sparse.tensorflow.mpi import DistributedGradientTape, DistributedOptimizer
     from hvd_sparse.tensorflow.saving import load_model
 
 __all__ = [

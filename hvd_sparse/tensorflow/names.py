@@ -27,34 +27,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from hvd_sparse.tensorflow.matching import Seen, Shape, match_names, split_name
+
 Tensor = Any  # TensorFlow has no types
-Shape = tuple[int, ...]
 
 _RESOURCE = re.compile(r"<ResourceHandle\(.*\)>", re.DOTALL)
 _DESCRIBED = re.compile(
     r'ResourceHandle\(name="(.*?)(?:/\d+)?", device=.*Shape: \[([^\]]*)\]', re.DOTALL
 )
-_NUMBER = re.compile(r"(.*?)(?:_(\d+))?")
-_SCOPE = re.compile(r"(.*?)(@\d+)?")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
 _TENSOR = "tensor "
 _HOLE = "\1"  # in the text of a graph, where a resource goes
-
-
-class Seen(NamedTuple):
-    """A variable that was seen.
-
-    Attributes:
-        key: of its resource.
-        raw: its name as its user sees it.
-        shape: -1 where it is not known.
-        place: among the sources, when it was seen last.
-    """
-
-    key: str
-    raw: str
-    shape: Shape
-    place: int
 
 
 class Loaded(NamedTuple):
@@ -209,7 +192,7 @@ class VariableNames:
             rest = {n: s for n, s in saved.items() if n not in found}
             others = [seen for name, seen in known.items() if name not in found]
             called = {seen: name for name, seen in known.items()}
-            matched = _match(others, rest, strict=False)
+            matched = match_names(others, rest, strict=False)
             renamed = {old: called[seen] for seen, old in matched.items()}
             names = {**found, **renamed}
             for name in rest:
@@ -276,14 +259,14 @@ class VariableNames:
         taken = set(claimed.values()) | set(self._by_place.values())
         waiting = {n: s for n, s in self._waiting.items() if n not in taken}
         rest = [variable for variable in unknown if variable not in claimed]
-        return {**claimed, **_match(rest, waiting, strict=True)}
+        return {**claimed, **match_names(rest, waiting, strict=True)}
 
     def _name(self, variable: Seen, name: str) -> None:
         self._named[variable.key] = (name, variable)
         self._taken.add(collective(name))
 
     def _fresh(self, raw: str) -> str:
-        template, numbers, scope = _split(raw)
+        template, numbers, scope = split_name(raw)
         first = self._first.setdefault(template, numbers)
         parts = [
             part if number == start else f"{part}{number - start:+d}"
@@ -404,67 +387,3 @@ def _each_once(seen: Sequence[Seen]) -> list[Seen]:
         key = variable.key if again == 1 else f"{variable.key}\t{again}"
         distinct.append(variable._replace(key=key))
     return distinct
-
-
-def _split(raw: str) -> tuple[str, list[int], str]:
-    """A name without the numbers at the ends of its parts, these, and its scope."""
-    scoped = _SCOPE.fullmatch(raw)
-    assert scoped  # it matches everything
-    matches = [_NUMBER.fullmatch(part) for part in scoped[1].split("/")]
-    template = "/".join(match[1] for match in matches if match)
-    numbers = [int(match[2] or 0) for match in matches if match]
-    return template, numbers, scoped[2] or ""
-
-
-def _match(
-    variables: Sequence[Seen], waiting: Mapping[str, tuple[str, Shape]], *, strict: bool
-) -> dict[Seen, str]:
-    """Which name a state has for each variable, as far as it has one.
-
-    By name, if that tells; else, of as many of a kind and shape as there are, by order.
-
-    Raises:
-        ValueError: strict, and names do not tell which of several it is; or a
-            variable has another shape there.
-    """
-    matched: dict[Seen, str] = {}
-    kinds: dict[tuple[str, Shape], list[Seen]] = {}
-    for variable in variables:
-        kind = (_split(variable.raw)[0], variable.shape)
-        kinds.setdefault(kind, []).append(variable)
-    for (template, shape), these in kinds.items():
-        there = {
-            name: raw
-            for name, (raw, size) in waiting.items()
-            if (_split(raw)[0], size) == (template, shape)
-        }
-        raws = list(there.values())
-        names = [variable.raw for variable in these]
-        if len(set(names)) == len(names) and all(raws.count(n) == 1 for n in names):
-            by_raw = {raw: name for name, raw in there.items()}
-            matched.update({v: by_raw[v.raw] for v in these})
-        elif len(there) == len(these):
-            matched.update(zip(these, there, strict=True))
-        elif there and strict:
-            raise ValueError(
-                f"{names[0]}: state has {len(there)} residuals of shape {shape} that "
-                f"could be of it ({', '.join(raws)}), and names do not tell which: "
-                "give variables names of their own, or show all of them at once, as "
-                "optimizer.build(variables) does"
-            )
-        elif strict:
-            _check_shapes(these, waiting)
-    return matched
-
-
-def _check_shapes(
-    variables: Sequence[Seen], waiting: Mapping[str, tuple[str, Shape]]
-) -> None:
-    """A variable of this name but another shape: the state is of another model."""
-    for variable in variables:
-        shapes = [shape for raw, shape in waiting.values() if raw == variable.raw]
-        if len(shapes) == 1 and shapes[0] != variable.shape:
-            raise ValueError(
-                f"{variable.raw}: state has shape {shapes[0]}, expected "
-                f"{variable.shape}"
-            )

@@ -9,42 +9,21 @@ viewed as numpy arrays, never copied, and the result is written back into `p.gra
 import functools
 import inspect
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from hvd_sparse.advice import Adviser
 from hvd_sparse.core.contracts import Average, Op, Sparsifier
 from hvd_sparse.core.formats import Values
-from hvd_sparse.core.interrupts import Uninterrupted
 from hvd_sparse.core.routing import Dense, WhenCheaper
-from hvd_sparse.core.scaling import is_finite
 from hvd_sparse.core.traffic import Traffic
-from hvd_sparse.mpi import Blob, SparseAllreduce
-from hvd_sparse.torch.advice import advise
+from hvd_sparse.mpi import SparseAllreduce
+from hvd_sparse.torch.gradients import Gradients
 from hvd_sparse.torch.parameters import NamedParameters, Parameters
-from hvd_sparse.torch.scaling import (
-    refuse_before_exchange,
-    refuse_unknown_scale,
-    refuse_unscaled,
-)
-from hvd_sparse.torch.sharing import give_own_memory
-from hvd_sparse.torch.states import as_tensors, on_host, viewed
-from hvd_sparse.torch.turns import Turns
-from hvd_sparse.torch.unused import Unused, looked_at
-
-Array = npt.NDArray[Any]
-Tensor = torch.Tensor
-
-_LOSS = "(loss)"
-_KINDS = ("", "dense", "rows")  # of gradients; of none first
-# what says so: its place in the first byte
-_WORDS = {k: np.array([i] + [0] * 7, np.uint8) for i, k in enumerate(_KINDS)}
+from hvd_sparse.torch.scaling import refuse_before_exchange, refuse_unknown_scale
+from hvd_sparse.torch.states import as_tensors, on_host
 
 
 def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
@@ -126,197 +105,15 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
     distributed.__class__ = _distributed_class(type(optimizer))
     # a scheduler made earlier hides the class's step behind an attribute of the object
     vars(distributed).pop("step", None)
-    gradients = _Gradients(distributed, parameters, reduce, Op(op), scaler)
+    gradients = Gradients(distributed, parameters, reduce, Op(op), scaler)
     object.__setattr__(distributed, "_sparse", gradients)  # past one of its own
     return distributed
-
-
-class _Gradients:
-    """The gradients of one optimizer on their way through SparseAllreduce."""
-
-    def __init__(
-        self,
-        optimizer: Any,
-        parameters: Parameters,
-        reduce: SparseAllreduce,
-        op: Op,
-        scaler: Any,
-    ) -> None:
-        self._optimizer = weakref.ref(optimizer)
-        self.op = op
-        self.scaler = scaler
-        self.parameters = parameters
-        self.reduce = reduce
-        self.turns = Turns(parameters)
-        self.skip = False
-        self._adviser = Adviser(advise, reduce.sparsifier)
-        self.kinds: dict[str, str] = {}  # dense or rows, the same on every rank
-        self.unused = Unused()
-        self._hooks: dict[str, Any] = {}
-        weakref.finalize(self, _remove, self._hooks).atexit = False
-        self.watch_backward(parameters.held())
-
-    def exchange(self, loss: Any = None) -> Any:
-        """Replace every gradient by its mean over ranks; returns the mean loss.
-
-        Which parameters have a gradient, and of which kind, only some ranks may know:
-        those that used them. So the exchange carries, for each parameter of which none
-        is expected, the kind of its gradient, and a second one, where there are any,
-        the gradients. That every rank holds the same parameters, and has frozen the
-        same ones, is agreed on with it.
-        """
-        with self._reported():
-            optimizer: Any = self._optimizer()
-            refuse_unscaled(self.scaler, optimizer)
-            self._adviser.step(optimizer, self.reduce.rank, stacklevel=4)
-            held = self.parameters.held()
-            self.watch_backward(held)
-            self._throw_away(stacklevel=4)
-            self.turns.begin(held)
-        try:
-            with Uninterrupted():  # also between the exchanges of a step
-                return self._exchange(held, loss)
-        finally:
-            self.turns.end()
-
-    def synchronize(self) -> None:
-        """By the user, in whose hands the results are now."""
-        self.exchange()
-        self.turns.synchronized = True
-        if self.reduce.is_scaled:  # the scaler says what becomes of them
-            return
-        held = self.parameters.held()
-        for name in looked_at(n for n, p in held.items() if p.requires_grad):
-            parameter = held[name]
-            if parameter.grad is not None:
-                self.unused.note(parameter, parameter.grad)
-
-    def _throw_away(self, stacklevel: int) -> None:
-        """The step before, if nothing became of it."""
-        if self.turns.synchronized:  # no backward pass since
-            self.unused.forget()
-        elif self.unused.is_thrown_away():
-            if self.reduce.can_discard:
-                self.reduce.discard()
-            else:
-                self.unused.warn(stacklevel + 1)
-
-    def _exchange(self, held: dict[str, Tensor], loss: Any) -> Any:
-        with self._reported():
-            give_own_memory(list(held.values()), self.turns.beside())
-            expected = {
-                n: p for n, p in held.items() if n in self.kinds and p.requires_grad
-            }
-            others = {n: _pack_kind(p) for n, p in held.items() if n not in expected}
-            blobs = dict(others)
-            if loss is not None:
-                number = np.array([_number(loss)], np.float64)
-                blobs[_LOSS] = Blob(number.view(np.uint8))
-        gathered = self._exchange_gradients(expected, blobs)
-        if loss is not None:
-            loss = _mean_loss(loss, gathered[_LOSS])
-        found = self._learn_kinds({name: gathered[name] for name in others})
-        if found:
-            late = {name: held[name] for name in found}
-            self._exchange_gradients(late, {}, continues=True)
-            self.reduce.traffic.steps -= 1  # of one step
-        return loss
-
-    def mean_loss(self, loss: Any) -> Any:
-        """That of gradients that were exchanged before."""
-        with self._reported():
-            number = np.array([_number(loss)], np.float64)
-        blobs = {_LOSS: Blob(number.view(np.uint8))}
-        gathered = self._exchange_gradients({}, blobs, continues=True)
-        self.reduce.traffic.steps -= 1  # of one step
-        return _mean_loss(loss, gathered[_LOSS])
-
-    def _exchange_gradients(
-        self,
-        parameters: dict[str, Tensor],
-        blobs: dict[str, Blob],
-        *,
-        continues: bool = False,
-    ) -> dict[str, list[Array]]:
-        """One exchange; returns what was gathered of the blobs."""
-        with self._reported():
-            rows = {
-                n: _sparse_gradient(p)
-                for n, p in parameters.items()
-                if self.kinds[n] == "rows"
-            }
-            gradients = {
-                n: viewed(_dense_gradient(p))
-                for n, p in parameters.items()
-                if n not in rows
-            }
-            packed = {name: _pack_rows(gradient) for name, gradient in rows.items()}
-        blobs = {**packed, **blobs}
-        self.reduce.start(gradients, gradients, blobs, continues=continues)
-        self.reduce.finish()
-        gathered = self.reduce.gathered
-        for name, own in rows.items():
-            total = parameters[name].grad = self._sum_rows(own, gathered[name])
-            if self.reduce.is_scaled and not is_finite(total.values()):
-                self.reduce.overflow()
-        return gathered
-
-    @contextmanager
-    def _reported(self) -> Iterator[None]:
-        """An error on the way into the exchange reaches the peers that wait in it."""
-        try:
-            yield
-        except BaseException as error:  # Ctrl-C, too
-            self.reduce.report(error)
-            raise
-
-    def _learn_kinds(self, told: dict[str, list[Array]]) -> list[str]:
-        """Names that some rank has an unexpected gradient of, in one order."""
-        found = []
-        for name in sorted(told):
-            codes = [code for blob in told[name] if (code := blob[0])]
-            if codes:  # the lowest rank's word counts
-                found.append(name)
-                self.kinds.setdefault(name, _KINDS[codes[0]])
-        return found
-
-    def watch_backward(self, held: dict[str, Tensor]) -> None:
-        """After a backward pass what was synchronized is not any more."""
-        for name, parameter in held.items():
-            if parameter.requires_grad and name not in self._hooks:
-                hooked: Any = parameter  # its method has no annotations
-                hook = hooked.register_post_accumulate_grad_hook(
-                    _forgetting(self.turns)
-                )
-                self._hooks[name] = hook
-
-    def close(self) -> None:
-        """Leave the parameters as they were."""
-        _remove(self._hooks)
-        self.turns.close()
-        self.reduce.close()
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Per name, the shape of the parameter."""
-        return {name: tuple(p.shape) for name, p in self.parameters.held().items()}
-
-    def _sum_rows(self, own: Tensor, blobs: list[Array]) -> Tensor:
-        """Gradients that came sparse stay sparse: gathered as they are, then summed."""
-        parts = [_unpack_rows(own, blob) for blob in blobs]
-        indices = torch.cat([indices for indices, _ in parts], dim=1)
-        values = torch.cat([values for _, values in parts])
-        # sums are float32 for 16-bit gradients, as on the path
-        wide = values if values.dtype.itemsize > 2 else values.float()
-        total = _rows(indices, wide, own.shape)
-        if self.op is Op.Average:
-            total = total * (1 / self.reduce.size)
-        return total.to(values.dtype).coalesce()
 
 
 class _Distributed:
     """What DistributedOptimizer adds, in front of the optimizer's own class."""
 
-    _sparse: _Gradients
+    _sparse: Gradients
     param_groups: list[dict[str, Any]]
 
     def _exchanged_step(
@@ -495,23 +292,6 @@ class _Distributed:
         self._sparse.close()
 
 
-def _forgetting(turns: Turns) -> Callable[[Tensor], None]:
-    """A hook that keeps neither them nor their optimizer alive."""
-    known = weakref.ref(turns)
-
-    def forget(parameter: Tensor) -> None:
-        if (found := known()) is not None:
-            found.forget(parameter)
-
-    return forget
-
-
-def _remove(hooks: dict[str, Any]) -> None:
-    for hook in hooks.values():
-        hook.remove()
-    hooks.clear()
-
-
 def _blank(kind: Any) -> Any:
     """An object that its state is still to be given to."""
     return kind.__new__(kind)
@@ -540,94 +320,3 @@ def _closure_place(step: Callable[..., Any]) -> int:
     except ValueError:  # not written in Python
         return 0
     return names.index("closure") if "closure" in names else 0
-
-
-def _pack_kind(parameter: Tensor) -> Blob:
-    """The kind of a gradient that the peers do not expect."""
-    state = "frozen" if not parameter.requires_grad else "without a gradient"
-    dtype = str(parameter.dtype).removeprefix("torch.")
-    word = _WORDS[_kind(parameter)]
-    return Blob(word, tuple(parameter.shape), f"{dtype} ({state})")
-
-
-def _kind(parameter: Tensor) -> str:
-    """That of its gradient; a frozen one's zeros tell nothing, and are none."""
-    gradient = parameter.grad
-    if gradient is None:
-        return ""
-    dense = gradient.layout is torch.strided
-    if not parameter.requires_grad:
-        values = gradient if dense else gradient.coalesce().values()
-        if not values.any():
-            return ""
-    return "dense" if dense else "rows"
-
-
-def _dense_gradient(parameter: Tensor) -> Tensor:
-    """Its gradient; zeros where this rank did not use the parameter in this step."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    elif parameter.grad.layout is not torch.strided:
-        parameter.grad = parameter.grad.to_dense()
-    return parameter.grad
-
-
-def _sparse_gradient(parameter: Tensor) -> Tensor:
-    """Its gradient, every row once; no rows where this rank did not use it."""
-    if parameter.grad is None:
-        shape = parameter.shape
-        indices = torch.empty((1, 0), dtype=torch.int64, device=parameter.device)
-        return _rows(indices, parameter.new_empty((0, *shape[1:])), shape)
-    if parameter.grad.layout is torch.strided:  # used densely too, in this step
-        return parameter.grad.to_sparse(1).coalesce()
-    return parameter.grad.coalesce()
-
-
-def _number(loss: Any) -> float:
-    return float(loss.detach() if isinstance(loss, Tensor) else loss)
-
-
-def _rows(indices: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
-    """The sum of rows that may come several times, in the order they come."""
-    whole = torch.sparse_coo_tensor(indices, values, shape, check_invariants=False)
-    return whole.coalesce()
-
-
-def _mean_loss(loss: Any, blobs: list[Array]) -> Any:
-    mean = float(np.mean([blob.view(np.float64)[0] for blob in blobs]))
-    return torch.full_like(loss, mean) if isinstance(loss, Tensor) else mean
-
-
-def _pack_rows(gradient: Tensor) -> Blob:
-    """A coalesced sparse gradient as bytes: indices, then values, padded to 8."""
-    indices = np.ascontiguousarray(gradient.indices().cpu().numpy()).reshape(-1)
-    values = viewed(gradient.values().cpu().contiguous()).reshape(-1)
-    count = np.array([gradient.indices().shape[1]], np.int64)
-    parts = [count.view(np.uint8), indices.view(np.uint8), values.view(np.uint8)]
-    used = sum(part.size for part in parts)
-    return Blob(
-        np.concatenate([*parts, np.zeros(-used % 8, np.uint8)]),
-        tuple(gradient.shape),
-        str(gradient.dtype).removeprefix("torch."),
-        gradient.numel() * gradient.dtype.itemsize,
-        gradient.values().numel(),
-    )
-
-
-def _unpack_rows(like: Tensor, blob: Array) -> tuple[Tensor, Tensor]:
-    count = int(blob[:8].view(np.int64)[0])
-    dimensions, width = like.sparse_dim(), like.values().shape[1:]
-    middle = 8 + 8 * dimensions * count
-    end = middle + count * width.numel() * like.dtype.itemsize
-    indices = blob[8:middle].view(np.int64).reshape(dimensions, count)
-    # a view in another dtype needs an element at least
-    values = (
-        torch.from_numpy(blob[middle:end].copy()).view(like.dtype)
-        if end > middle
-        else like.new_empty(0, layout=torch.strided)
-    )
-    device = like.device
-    return (
-        torch.from_numpy(indices.copy()).to(device),
-        values.reshape(count, *width).to(device),
-    )

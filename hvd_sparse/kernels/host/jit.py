@@ -4,7 +4,7 @@ Numba's own cache looks at one source file a function, and numbers the signature
 function in an index. Here both would give wrong code in silence: loops of one file are
 inlined into those of another, and of two processes that compile at the same time each
 may give its number to the other's code. So each signature has a file of its own, whose
-name depends on all sources of this package: what is found under it is what is wanted.
+name depends on all sources of the kernels: what is found under it is what is wanted.
 """
 
 import contextlib
@@ -24,7 +24,8 @@ import numpy
 from numba.core.caching import FunctionCache, NullCache
 from numba.core.serialize import dumps
 
-_INSTALLED = Path(__file__).parent / "__pycache__"
+_KERNELS = Path(__file__).parents[1]  # all that loops are made of, constants too
+_INSTALLED = Path(__file__).parent / "__pycache__"  # beside the files with the loops
 
 log = logging.getLogger("hvd_sparse")
 
@@ -96,7 +97,7 @@ class _KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
         self._cache_file = _Files(
             Path(self._cache_path),
             self._impl.filename_base,
-            _sources_digest(Path(__file__).parent),
+            _sources_digest(_KERNELS),
         )
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:
