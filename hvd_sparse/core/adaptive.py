@@ -28,11 +28,19 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from hvd_sparse.core.contracts import Array, Format, PerRank, PerTensor, Selection
+from hvd_sparse.core.contracts import (
+    Array,
+    Format,
+    PerRank,
+    PerTensor,
+    Request,
+    Selection,
+)
 from hvd_sparse.core.costs import Cost, Message
 from hvd_sparse.core.levels import Levels
 from hvd_sparse.core.payload import most_elements, padded_bytes
 from hvd_sparse.core.sparsifiers import (
+    Selecting,
     SignTopK,
     TopK,
     elements,
@@ -72,7 +80,7 @@ def _all(cost: Cost, message: Message, most: int) -> tuple[Sizes, Any]:
 
 @proved
 @dataclass(frozen=True)
-class CAT:
+class CAT(Selecting):
     """As many elements as are worth most for what they cost, by tensor and step.
 
     Every rank chooses for itself, from its own gradient; how many travels in the
@@ -156,16 +164,9 @@ class CAT:
         """What is left to choose when so many were chosen last; 0 for nothing yet."""
         return Choice(self, chosen)
 
-    def select(
-        self,
-        residual: Array,
-        gradient: Array,
-        k: int,
-        step: int,
-        out: Array | None = None,
-    ) -> Selection:
+    def choose(self, asked: Request) -> Selection:
         """Overwrites residual with residual + gradient, the selected entries 0."""
-        return self.after(0).select(residual, gradient, k, step, out)
+        return self.after(0).choose(asked)
 
     # ----------------------------------------------- exactness, which ExactCAT changes
 
@@ -231,21 +232,15 @@ class ExactCAT(CAT):
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Selecting):
     """One choice of CAT, which knows how many were chosen last; 0 for nothing yet."""
 
     cat: CAT
     chosen: int
 
-    def select(
-        self,
-        residual: Array,
-        gradient: Array,
-        k: int,
-        step: int,
-        out: Array | None = None,
-    ) -> Selection:
+    def choose(self, asked: Request) -> Selection:
         """Overwrites residual with residual + gradient, the selected entries 0."""
+        residual, gradient, k, step, out = asked
         if k == 0:
             select_top = kernels_for(residual).select_top
             return Selection(*select_top(residual, gradient, 0, out))

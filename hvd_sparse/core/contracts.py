@@ -145,6 +145,21 @@ class Formatted(Protocol):
     def values(self) -> "Format": ...  # noqa: D102  # see above
 
 
+class Request(NamedTuple):
+    """What is asked of a sparsifier that is `Proved`.
+
+    Attributes:
+        residual: as in `Sparsifier.select`; so are gradient, k and step.
+        out: the gradient's memory where it is free: it becomes all 0 in the same pass.
+    """
+
+    residual: Array
+    gradient: Array
+    k: int
+    step: int
+    out: Array | None = None
+
+
 @runtime_checkable
 class Proved(Protocol):
     """A sparsifier whose selections tests prove, so that none is checked again.
@@ -152,12 +167,15 @@ class Proved(Protocol):
     Attributes:
         proved: its own class. What inherits from it has this attribute, too, but is
             another class, and may select as it likes.
-        clears: `select` takes a fifth argument, out: the gradient, whose memory is free
-            and becomes all 0 in the same pass.
+        clears: it can be asked to clear the gradient while it selects.
     """
 
     proved: type
     clears: bool
+
+    def choose(self, asked: Request) -> Selection:
+        """As `Sparsifier.select`; out becomes 0 if there is one."""
+        ...
 
 
 @runtime_checkable

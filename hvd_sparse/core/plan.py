@@ -24,6 +24,7 @@ from hvd_sparse.core.contracts import (
     PerScale,
     PerTensor,
     Proved,
+    Request,
     Selection,
     SharedIndices,
     Sparsifier,
@@ -83,14 +84,14 @@ class Tensor:
     chosen: int = 0
 
     def select(self, residual: Array, gradient: Array, out: Array | None) -> Selection:
-        """The sparsifier's choice; `after` tells it how many the last one was."""
+        """The sparsifier's choice; out becomes 0 if there is one, see `clears`."""
         sparsifier: Any = self.sparsifier
         if self.follows:
             sparsifier = sparsifier.after(self.chosen)
-        asked: tuple[Any, ...] = (self.header.k, self.header.step)
-        if out is not None:
-            asked = (*asked, out)
-        selection: Selection = sparsifier.select(residual, gradient, *asked)
+        asked = Request(residual, gradient, self.header.k, self.header.step, out)
+        selection: Selection = (
+            sparsifier.choose(asked) if self.trusted else sparsifier.select(*asked[:4])
+        )
         return selection
 
     def at_step(self, step: int) -> None:

@@ -5,6 +5,7 @@ How the elements are found is the business of `hvd_sparse.kernels`.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -19,6 +20,7 @@ from hvd_sparse.core.contracts import (
     FixedDensity,
     Format,
     Formatted,
+    Request,
     Selection,
     Sparsifier,
 )
@@ -86,9 +88,21 @@ def check_seed(seed: int) -> None:
         raise TypeError(f"seed must be an integer, got {seed!r}")
 
 
+class Selecting(ABC):
+    """What sparsifiers of ours share: `select` is `choose` that clears nothing."""
+
+    @abstractmethod
+    def choose(self, asked: Request) -> Selection:
+        """As select; see `Proved`."""
+
+    def select(self, residual: Array, gradient: Array, k: int, step: int) -> Selection:
+        """Overwrites residual with residual + gradient, the selected entries 0."""
+        return self.choose(Request(residual, gradient, k, step))
+
+
 @proved
 @dataclass(frozen=True)
-class TopK:
+class TopK(Selecting):
     """The k = density * n elements of largest magnitude, ties to the lowest index.
 
     S = TopK(r + g): no other k entries leave a smaller residual in any p-norm. Exact:
@@ -127,33 +141,16 @@ class TopK:
         """Sizes at which the descent bends, so that it may be best there."""
         return levels.ends
 
-    def select(
-        self,
-        residual: Array,
-        gradient: Array,
-        k: int,
-        step: int,
-        out: Array | None = None,
-    ) -> Selection:
+    def choose(self, asked: Request) -> Selection:
         """Overwrites residual with residual + gradient, its k largest entries 0."""
-        del step
+        residual, gradient, k, _, out = asked
         kernels = kernels_for(residual)
         return Selection(*kernels.select_top(residual, gradient, k, out))
 
     def select_group(
         self, residuals: Sequence[Array], gradients: Sequence[Array], table: Array
     ) -> Sequence[int]:
-        """As select, for many arrays on the host, of one dtype.
-
-        Args:
-            residuals: (n,) each.
-            gradients: (n,) each, of the residuals' dtype.
-            table: (arrays, 3) int64: addresses where to write the indices and the
-                values of each, and its k.
-
-        Returns:
-            Of each, how many sums were not finite.
-        """
+        """As `choose`, for many arrays on the host, of one dtype: see `Grouped`."""
         return host.select_group(residuals, gradients, table)
 
 
@@ -203,7 +200,7 @@ class SignTopK(TopK):
 
 @proved
 @dataclass(frozen=True)
-class SignsUntilNorm:
+class SignsUntilNorm(Selecting):
     """As SignTopK, for the fewest elements with sum |c| >= |c|_2: at most sqrt(n).
 
     Alistarh, Grubic, Li, Tomioka, Vojnovic, QSGD, 2017, arXiv:1610.02132: the scheme
@@ -214,16 +211,9 @@ class SignsUntilNorm:
     values: ClassVar = Sign()
     clears: ClassVar = True
 
-    def select(
-        self,
-        residual: Array,
-        gradient: Array,
-        k: int,
-        step: int,
-        out: Array | None = None,
-    ) -> Selection:
+    def choose(self, asked: Request) -> Selection:
         """Overwrites residual with residual + gradient, the selected entries 0."""
-        del step
+        residual, gradient, k, _, out = asked
         kernels = kernels_for(residual)
         k = min(k, math.isqrt(residual.shape[0]) + 1)
         indices, values, nonfinite = kernels.select_top(residual, gradient, k, out)
@@ -239,7 +229,7 @@ class SignsUntilNorm:
 
 @proved
 @dataclass(frozen=True)
-class RandomK:
+class RandomK(Selecting):
     """k = density * n elements drawn at random, the same on every rank.
 
     Every rank draws the same indices from (seed, name, step), so only values travel:
@@ -274,15 +264,9 @@ class RandomK:
         """(k,) int32 ascending, distinct: the draw of this step."""
         return host.random_indices(n, k, digest(self.seed, step))
 
-    def select(
-        self,
-        residual: Array,
-        gradient: Array,
-        k: int,
-        step: int,
-        out: Array | None = None,
-    ) -> Selection:
+    def choose(self, asked: Request) -> Selection:
         """Overwrites residual with residual + gradient, the entries drawn 0."""
+        residual, gradient, k, step, out = asked
         indices = self.indices(residual.shape[0], k, step)
         kernels = kernels_for(residual)
         return Selection(*kernels.select_at(residual, gradient, indices, out))
@@ -290,7 +274,7 @@ class RandomK:
 
 @proved
 @dataclass(frozen=True)
-class Threshold:
+class Threshold(Selecting):
     """Every element of residual + gradient whose magnitude reaches a fixed value.
 
     How many that are depends on the data of each rank, so k travels in the header. At
@@ -320,15 +304,8 @@ class Threshold:
         """What selects the same of gradients that are multiplied with loss_scale."""
         return replace(self, value=self.value * loss_scale)
 
-    def select(
-        self,
-        residual: Array,
-        gradient: Array,
-        k: int,
-        step: int,
-        out: Array | None = None,
-    ) -> Selection:
+    def choose(self, asked: Request) -> Selection:
         """Overwrites residual with residual + gradient, the selected entries 0."""
-        del step
+        residual, gradient, k, _, out = asked
         kernels = kernels_for(residual)
         return Selection(*kernels.select_above(residual, gradient, self.value, k, out))

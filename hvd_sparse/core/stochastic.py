@@ -5,10 +5,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from hvd_sparse.core.contracts import Array, Selection
+from hvd_sparse.core.contracts import Array, Request, Selection
 from hvd_sparse.core.formats import Float32
 from hvd_sparse.core.levels import Levels
 from hvd_sparse.core.sparsifiers import (
+    Selecting,
     check_density,
     check_seed,
     digest,
@@ -20,7 +21,7 @@ from hvd_sparse.kernels import kernels_for
 
 @proved
 @dataclass(frozen=True)
-class Stochastic:
+class Stochastic(Selecting):
     """Each element c is sent as c / p, with probability p = min(1, rate |c|).
 
     E[sent] = c, so there is no residual, except of a step that failed. Of all p that
@@ -80,8 +81,9 @@ class Stochastic:
         turns = np.concatenate((np.floor(limits), np.ceil(limits)))
         return np.minimum(turns, levels.ends[-1]).astype(np.int64)
 
-    def select(self, residual: Array, gradient: Array, k: int, step: int) -> Selection:
+    def choose(self, asked: Request) -> Selection:
         """Overwrites residual with 0; see draw."""
+        residual, gradient, k, step, _ = asked
         levels = levels_of(residual, gradient)
         n = residual.shape[0]
         size = min(most_expected(k, n), elements(self.expected_density, n))
