@@ -19,7 +19,6 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from hvd_sparse.advice import Adviser
-from hvd_sparse.broadcast import Broadcast, Described
 from hvd_sparse.core.configuration import describe
 from hvd_sparse.core.contracts import Average, ExchangeError, Op, Sparsifier
 from hvd_sparse.core.interrupts import Uninterrupted
@@ -40,6 +39,7 @@ from hvd_sparse.tensorflow.marking import marked
 from hvd_sparse.tensorflow.names import VariableNames
 from hvd_sparse.tensorflow.states import as_tensors, complete
 from hvd_sparse.tensorflow.stores import Configuration, join, leave
+from hvd_sparse.transport.mpi.broadcast import Broadcast, Described
 
 Array = npt.NDArray[Any]
 Tensor = Any  # TensorFlow has no types
@@ -290,8 +290,6 @@ def _shared(
 ) -> Gradients:
     """Those of earlier tapes of the same communicator and configuration."""
     make = partial(_make, sparsifier, comm, op, dense, timeout_s, undo)
-    if not hasattr(comm, "Get_attr") or not comm:
-        return make()  # which says what is wrong with it
     parts = describe(sparsifier, "sparsifier"), op, describe(dense, "dense")
     return join(comm, Configuration(type(comm), *parts, timeout_s, undo), make)
 

@@ -11,7 +11,7 @@ import pytest
 from doors import AFFINE, Interrupted
 from mpi4py import MPI
 
-import hvd_sparse.exchange
+import hvd_sparse
 from hvd_sparse import (
     CAT,
     Average,
@@ -28,6 +28,7 @@ from hvd_sparse import (
     WhenCheaper,
 )
 from hvd_sparse.mpi import SparseAllreduce, measure
+from hvd_sparse.transport.mpi import failure, protocol
 
 COMM = MPI.COMM_WORLD
 RANK, SIZE = COMM.Get_rank(), COMM.Get_size()
@@ -130,25 +131,15 @@ def test_order_of_the_mapping_does_not_matter():
 
 
 @pytest.mark.ranks
-def test_messages_above_the_limit_are_split():
-    whole, split = (
-        SparseAllreduce(TopK(0.5), comm=COMM, dense=dense)
-        for dense in (Never(), Never())
-    )
-    split._exchange.message_bytes = 64
-    with whole, split:
-        a = whole.grouped_allreduce(gradients(0))
-        b = split.grouped_allreduce(gradients(0))
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name])
-
-
-@pytest.mark.ranks
-def test_dense_messages_above_the_limit_are_split():
-    with SparseAllreduce(TopK(1.0), comm=COMM) as reduce:
-        reduce._exchange.message_bytes = 64
-        results = reduce.grouped_allreduce(gradients(0))
-    assert same_bits(results)
+@pytest.mark.parametrize("dense", [Never(), WhenCheaper()], ids=repr)
+def test_messages_above_the_limit_are_split(dense, monkeypatch):
+    with SparseAllreduce(TopK(0.5), comm=COMM, dense=dense) as reduce:
+        whole = reduce.grouped_allreduce(gradients(0))
+    monkeypatch.setattr(protocol, "MESSAGE_BYTES", 64)
+    with SparseAllreduce(TopK(0.5), comm=COMM, dense=dense) as reduce:
+        split = reduce.grouped_allreduce(gradients(0))
+    for name in whole:
+        np.testing.assert_array_equal(whole[name], split[name])
 
 
 @pytest.mark.ranks
@@ -905,7 +896,7 @@ def test_a_rank_that_can_not_construct_is_heard_by_those_who_can():
 @pytest.mark.ranks
 @several
 def test_a_straggler_is_warned_about_and_awaited(monkeypatch, caplog):
-    monkeypatch.setattr(hvd_sparse.exchange, "WARNING_S", 0.2)
+    monkeypatch.setattr(failure, "WARNING_S", 0.2)
     with SparseAllreduce(TopK(0.5), comm=COMM, dense=Never(), timeout_s=20) as reduce:
         reduce.allreduce("late", np.ones(8, np.float32))  # now all are here, compiled
         if RANK == SIZE - 1:
