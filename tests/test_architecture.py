@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     ".": {".advice", ".carriers", ".core"},
     ".arrays": {".core", "numpy"},
     ".transport": {".core", "numpy", "mpi4py"},
+    ".loopback": {".core", ".transport"},
     ".mpi": {".arrays", ".core", ".transport", "numpy"},
     ".torch": {*INTEGRATION, ".kernels", "torch", "ml_dtypes"},
     ".tensorflow": {*INTEGRATION, "tensorflow", "mpi4py"},

@@ -205,7 +205,7 @@ class Communicator(Protocol):
         ...
 
     def broadcast(self, array: Array, root: int) -> Arrived:
-        """Overwrites (n,) uint8 with that of one rank."""
+        """Overwrites (n,) uint8 with that of one rank, where it is only read."""
         ...
 
     def pause(self, waited_s: float) -> None:
