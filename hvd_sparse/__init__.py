@@ -9,7 +9,8 @@ The map of the package:
 | `hvd_sparse.core.adaptive` | CAT: how many elements, and `costs` of sending them |
 | `hvd_sparse.kernels` | the hot loops: numpy oracle, Numba, accelerator |
 | `hvd_sparse.mpi` | numpy arrays over plain MPI: SparseAllreduce |
-| `hvd_sparse.exchange` | what MPI carries, and when ranks disagree: `agreement` |
+| `hvd_sparse.loopback` | ranks in one process, without MPI: for unit tests |
+| `hvd_sparse.transport` | what moves bytes over MPI, and when ranks disagree |
 | `hvd_sparse.advice` | what of an optimizer spoils sparse training |
 | `hvd_sparse.carriers` | how payloads travel through Horovod |
 | `hvd_sparse.watchdog` | waits that nothing else can end |
@@ -74,7 +75,7 @@ __all__ = [
     "checkpoint_path",
 ]
 
-_DOORS = ("mpi", "tensorflow", "torch")
+_DOORS = ("loopback", "mpi", "tensorflow", "torch")
 
 
 def __getattr__(name: str) -> Any:

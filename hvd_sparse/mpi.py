@@ -1,26 +1,27 @@
 """The door for numpy arrays over plain MPI."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from hvd_sparse.agreement import Row
-from hvd_sparse.core import costs
+from hvd_sparse import arrays
 from hvd_sparse.core.contracts import Average, Sparsifier
-from hvd_sparse.core.costs import Measurement
 from hvd_sparse.core.flight import Flight
 from hvd_sparse.core.formats import Values
 from hvd_sparse.core.interrupts import Uninterrupted
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.scaling import scale_of
-from hvd_sparse.core.sharing import repeats, sharing
 from hvd_sparse.core.traffic import Traffic
-from hvd_sparse.exchange import MpiExchange
+from hvd_sparse.transport.mpi.agreement import Row
+from hvd_sparse.transport.mpi.exchange import MpiExchange
+from hvd_sparse.transport.mpi.measurement import measure
+
+__all__ = ["Blob", "SparseAllreduce", "measure"]
 
 Array = npt.NDArray[Any]
 
@@ -78,7 +79,8 @@ class SparseAllreduce:
 
         Args:
             sparsifier: TopK, RandomK, Threshold or your own; the same on every rank.
-            comm: an mpi4py communicator; MPI.COMM_WORLD unless given.
+            comm: an mpi4py communicator, or one of hvd_sparse.loopback; MPI.COMM_WORLD
+                unless given.
             op: hvd_sparse.Average over the ranks of comm, or hvd_sparse.Sum.
             dense: which tensors go dense: WhenCheaper() or Never().
             values: how values travel: Float32(), or Sign(), which takes half the bytes;
@@ -239,17 +241,12 @@ class SparseAllreduce:
     def _send(
         self, gradients: Mapping[str, Array], out: Mapping[str, Array] | None
     ) -> None:
-        gradients = {n: _array(n, g) for n, g in gradients.items()}
-        given = out or {}
-        _check_outs(gradients, given)
+        gradients = {n: arrays.checked(n, g) for n, g in gradients.items()}
+        arrays.check_outs(gradients, out or {})
         if out is None:
-            for name, gradient in gradients.items():
-                _check_on_host(name, gradient)
+            arrays.check_on_host(gradients)
         bucket = {name: gradients[name] for name in sorted(gradients)}
-        in_place = {n for n, g in bucket.items() if given.get(n) is g}
-        if 0 < len(in_place) < len(bucket):  # else none of them shares, as outs do not
-            # it can give way at once, unless it is part of another one
-            in_place -= _names_in(sharing(gradients))
+        in_place = arrays.in_place(bucket, out or {})
         self._flights = self._path.send(bucket, in_place)
         self._in_place = in_place
         # made last: an array that can not be sent needs no room for its result
@@ -308,7 +305,7 @@ class SparseAllreduce:
         outs = dict(self._outs)
         with self._nothing_lost():
             given = [outs[flight.tensor.name] for flight in self._flights]
-            flat = [_contiguous(out) for out in given]
+            flat = [arrays.contiguous(out) for out in given]
             self._path.hand_back(self._flights, flat)
             for out, result in zip(given, flat, strict=True):
                 if result is not out:
@@ -429,127 +426,7 @@ class SparseAllreduce:
             self.close()
 
 
-def measure(
-    comm: Any = None,
-    *,
-    sizes: Sequence[int] = costs.MEASURED_SIZES,
-    repeats: int = 9,
-    timeout_s: float = 600,
-) -> Measurement:
-    """Time exchanges of this job and fit a cost in seconds; alike on every rank.
-
-    Collective: every rank of comm must call it. What is timed is what SparseAllreduce
-    does for a group of one.
-
-    Args:
-        comm: an mpi4py communicator; MPI.COMM_WORLD unless given.
-        sizes: bytes that each rank sends, multiples of 8, at least two.
-        repeats: exchanges of each size; their median counts.
-        timeout_s: seconds to wait for peers in an exchange.
-
-    Raises:
-        ValueError: there are fewer than two sizes, or no repeats.
-        ExchangeError: a peer did not arrive in time.
-    """
-    exchange = MpiExchange(comm, timeout_s)
-
-    def gather(payload: Array) -> list[Array]:
-        handle = exchange.start("measure", payload)
-        exchange.open([("measure", (), "bytes", 0, "bytes", 0)], "measure")
-        exchange.close_step()
-        received = list(exchange.finish(handle))
-        exchange.clear()
-        return received
-
-    measurement = costs.measure(gather, sizes=sizes, repeats=repeats)
-    exchange.free()
-    return measurement
-
-
 def _row(flight: Flight) -> Row:
     tensor = flight.tensor
     header = tensor.header
     return tensor.name, tensor.shape, tensor.dtype, header.k, tensor.route, header.step
-
-
-def _array(name: Any, gradient: Any) -> Any:
-    """An array as it is; a numpy scalar as a 0-d array."""
-    if not isinstance(name, str):
-        raise TypeError(f"names must be str, got {name!r}")
-    if isinstance(gradient, np.generic):
-        return np.asarray(gradient)
-    kind = type(gradient).__name__
-    if not (isinstance(gradient, np.ndarray) or hasattr(gradient, "data_ptr")):
-        raise TypeError(f"{name}: gradient must be an array, got {kind}")
-    _refuse_odd_kinds(name, "gradient", gradient)
-    return gradient
-
-
-def _refuse_odd_kinds(name: str, role: str, array: Any) -> None:
-    """Arrays that compute otherwise: a matrix is never flat, a mask hides elements."""
-    for kind, cure in (
-        (np.matrix, "np.asarray(it)"),
-        (np.ma.MaskedArray, "it.filled(0)"),
-    ):
-        if isinstance(array, kind):
-            raise TypeError(
-                f"{name}: {role} must be a plain array, got {kind.__name__}; give "
-                f"{cure}"
-            )
-
-
-def _check_outs(gradients: Mapping[str, Array], outs: Mapping[str, Array]) -> None:
-    """What would fail when handing back must fail before anything is sent."""
-    if not outs:
-        return
-    for name, gradient in gradients.items():
-        if name not in outs:
-            raise ValueError(f"{name}: out has no array of this name")
-        _check_out(name, gradient, outs[name])
-    for name in outs:
-        if name not in gradients:
-            raise ValueError(f"{name}: out has it, but there is no such gradient")
-    for first, second in sharing(outs):
-        raise ValueError(
-            f"{second}: out shares memory with that of {first!r}, which can not hold "
-            "both results: give arrays of their own"
-        )
-
-
-def _check_out(name: str, gradient: Array, out: Array) -> None:
-    if out is not gradient:
-        _check_alike(name, gradient, out)
-    if isinstance(out, np.ndarray) and not out.flags.writeable:
-        raise ValueError(f"{name}: out is read-only")
-    if repeats(out):
-        raise ValueError(f"{name}: out has elements that share memory")
-
-
-def _check_alike(name: str, gradient: Array, out: Array) -> None:
-    if out.shape != gradient.shape or out.dtype != gradient.dtype:
-        raise ValueError(
-            f"{name}: out has shape {tuple(out.shape)} and dtype {out.dtype}, expected "
-            f"{tuple(gradient.shape)} and {gradient.dtype} as the gradient"
-        )
-    _refuse_odd_kinds(name, "out", out)
-
-
-def _names_in(pairs: list[tuple[str, str]]) -> frozenset[str]:
-    return frozenset(name for pair in pairs for name in pair)
-
-
-def _check_on_host(name: str, gradient: Array) -> None:
-    if not isinstance(gradient, np.ndarray):
-        kind = type(gradient).__name__
-        raise TypeError(
-            f"{name}: gradient must be a numpy array without out, got {kind}"
-        )
-
-
-def _contiguous(out: Array) -> Array:
-    """out, or something contiguous of its shape to be copied into it."""
-    if not isinstance(out, np.ndarray):
-        return out if out.is_contiguous() else out.new_empty(out.shape)
-    if out.flags.c_contiguous and out.flags.aligned:
-        return out
-    return np.empty(out.shape, out.dtype)

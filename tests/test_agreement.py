@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_sparse.agreement import (
+from hvd_sparse.transport.mpi.agreement import (
     ROW_FIELDS,
     STEP_HEADER_BYTES,
     Row,

@@ -11,7 +11,7 @@ from pathlib import Path
 import needs
 import pytest
 
-from hvd_sparse.exchange import LAUNCHER_VARIABLES
+from hvd_sparse.transport.mpi.communicator import LAUNCHER_VARIABLES
 
 SET_UP = Path(sysconfig.get_path("purelib"), "mpi_alone.pth").exists()
 

@@ -28,7 +28,7 @@ from hvd_sparse.doctor.network import LARGEST, Collective, Network, measure_netw
 from hvd_sparse.doctor.prediction import PAYS, Prediction, predict, verdict
 from hvd_sparse.doctor.report import _predictions
 from hvd_sparse.doctor.transport import Transport, found_door
-from hvd_sparse.exchange import LAUNCHER_VARIABLES
+from hvd_sparse.transport.mpi.communicator import LAUNCHER_VARIABLES
 
 LIMIT_S = 60 + START_S
 DOCTOR = [sys.executable, "-m", "hvd_sparse.doctor", "--parameters", "2000000"]

@@ -65,8 +65,9 @@ def test_importing_a_door_imports_neither_mpi_nor_horovod(framework: str) -> Non
     assert not imported_by(f"import hvd_sparse.{framework}") & COLLECTIVES
 
 
-def test_importing_the_mpi_door_starts_no_mpi() -> None:
-    assert not imported_by("import hvd_sparse.mpi") & (FRAMEWORKS | COLLECTIVES)
+@pytest.mark.parametrize("door", ["mpi", "loopback"])
+def test_importing_the_mpi_door_starts_no_mpi(door: str) -> None:
+    assert not imported_by(f"import hvd_sparse.{door}") & (FRAMEWORKS | COLLECTIVES)
 
 
 @pytest.mark.parametrize("framework", ["torch", "tensorflow"])
@@ -87,7 +88,8 @@ def test_a_missing_framework_is_an_error_that_names_the_extra(framework: str) ->
 
 def test_a_package_shows_what_is_public_and_nothing_else() -> None:
     shown = dir(hvd_sparse)
-    assert {*hvd_sparse.__all__, "mpi", "tensorflow", "torch"} <= set(shown)
+    doors = {"loopback", "mpi", "tensorflow", "torch"}
+    assert {*hvd_sparse.__all__, *doors} <= set(shown)
     assert all(hasattr(hvd_sparse, n) for n in hvd_sparse.__all__)
     assert not {"Any", "import_module", "core", "kernels"} & set(shown)
 

@@ -2,7 +2,8 @@
 
 A gradient meets them in this order: `Memory` keeps what earlier steps did not send,
 `Sparsifier` chooses, `Format` makes bytes of the choice, `Exchange` carries bytes it
-does not understand. `Kernels` do the work on arrays. `Array` is whatever the
+does not understand. `Kernels` (in `hvd_sparse.kernels.contract`, since kernels know
+nothing of the core) do the work on arrays. `Array` is whatever the
 integration's framework uses, flattened: a numpy array in host memory, or a torch tensor
 on an accelerator.
 
@@ -10,11 +11,12 @@ A sparsifier implements `select` alone. What else one may have is declared here,
 each in a protocol of its own: `isinstance` asks for it when a tensor is first seen.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 Array = Any  # the one honest hole: numpy.ndarray or torch.Tensor
+Arrived = Callable[[], bool]  # looks, without waiting, whether something is there
 
 
 class Op(IntEnum):
@@ -331,92 +333,80 @@ class Exchange(Protocol):
         ...
 
 
-class Kernels(Protocol):
-    """The hot loops for one kind of array; see `hvd_sparse.kernels.host`."""
+@runtime_checkable
+class Communicator(Protocol):
+    """Ranks that take part in collectives; the MPI exchange runs on any such thing.
 
-    def zeros_like(self, gradient: Array) -> Array:
-        """A residual for this gradient, zeros."""
+    All ranks call the same methods in the same order; two duplicates do not mix.
+    Collectives do not wait: each returns what tells whether it is complete on this
+    rank, to be asked until it is. Until then its arrays, which are contiguous and in
+    host memory, are in use. To ask is an ExchangeError where a peer is known to be
+    gone.
+
+    Attributes:
+        rank: this one, in [0, size).
+        size: how many ranks there are.
+        attributes: what users of this communicator keep with it.
+    """
+
+    @property
+    def rank(self) -> int: ...  # noqa: D102  # see above
+
+    @property
+    def size(self) -> int: ...  # noqa: D102
+
+    @property
+    def attributes(self) -> dict[str, Any]: ...  # noqa: D102
+
+    def duplicate(self) -> tuple["Communicator", Arrived]:
+        """The same ranks again; not to be used before it is there."""
         ...
 
-    def select_top(
-        self, residual: Array, gradient: Array, k: int, out: Array | None = None
-    ) -> tuple[Array, Array, int]:
-        """Accumulate, take the k largest: indices, values, nonfinite; out becomes 0."""
+    def all_gather(self, own: Array, everyone: Array) -> Arrived:
+        """Overwrites everyone with the arrays of all ranks, rank 0 first.
+
+        Args:
+            own: of any shape and dtype; the same on every rank.
+            everyone: size times as many elements.
+        """
         ...
 
-    def select_above(
-        self,
-        residual: Array,
-        gradient: Array,
-        bound: float,
-        limit: int,
-        out: Array | None = None,
-    ) -> tuple[Array, Array, int]:
-        """The same for entries that reach a bound, the limit largest."""
+    def all_gather_in_place(
+        self, array: Array, counts: Sequence[int], starts: Sequence[int]
+    ) -> Arrived:
+        """Overwrites the parts of other ranks with theirs.
+
+        Args:
+            array: (n,) uint8 or int64, its own part filled.
+            counts: per rank, elements of its part; the same on every rank.
+            starts: per rank, where its part begins in this array.
+        """
         ...
 
-    def select_at(
-        self, residual: Array, gradient: Array, indices: Array, out: Array | None = None
-    ) -> tuple[Array, Array, int]:
-        """The same for entries at given indices."""
+    def all_reduce(self, array: Array) -> Arrived:
+        """Overwrites (n,) float32 or float64 with the sum over ranks."""
         ...
 
-    def select_some(
-        self, residual: Array, gradient: Array, k: int, out: Array | None = None
-    ) -> tuple[Array, Array, int]:
-        """Accumulate and take all that reach some bound: k or a few more."""
+    def broadcast(self, array: Array, root: int) -> Arrived:
+        """Overwrites (n,) uint8 with that of one rank, where it is only read."""
         ...
 
-    def select_again(self, residual: Array, k: int) -> tuple[Array, Array]:
-        """The same of the residual as it is: indices, values."""
+    def pause(self, waited_s: float) -> None:
+        """Let others run, between two looks; after this long without success."""
         ...
 
-    def keep_largest(
-        self, residual: Array, indices: Array, values: Array, k: int
-    ) -> tuple[Array, Array]:
-        """The k largest of what was selected; the others return to the residual."""
+    def watch(self, exchange: Any) -> None:
+        """Let peers that wait in this exchange hear of it if this rank fails."""
         ...
 
-    def largest_first(self, values: Array) -> Array:
-        """Magnitudes, float64 on the host, falling."""
+    def free(self) -> None:
+        """Give back what it holds; nothing is under way, and it is not used again."""
         ...
 
-    def norm(self, residual: Array) -> float:
-        """The 2-norm, summed in float64."""
-        ...
+    def abort(self, held: object) -> None:
+        """Leave what is under way, and end the job where it could not end otherwise.
 
-    def count_magnitudes(self, values: Array) -> Array:
-        """(bins,) int64 on the host: magnitudes in logarithmic bins."""
-        ...
-
-    def count_sums(self, residual: Array, gradient: Array) -> Array:
-        """The same of residual + gradient, which stay as they are."""
-        ...
-
-    def draw(
-        self, residual: Array, gradient: Array, rate: float, seed: int
-    ) -> tuple[Array, Array, int]:
-        """Each entry c with p = min(1, rate |c|), as c / p; residual becomes 0."""
-        ...
-
-    def accumulate(self, residual: Array, gradient: Array) -> None:
-        """Overwrites residual with residual + gradient where that is finite."""
-        ...
-
-    def add_at(self, residual: Array, indices: Array, values: Array) -> None:
-        """Overwrites residual[indices] with residual[indices] + values."""
-        ...
-
-    def aggregate(
-        self,
-        out: Array,
-        payloads: list[tuple[Array, Array]],
-        scale: float,
-        cleared: bool = False,
-    ) -> None:
-        """Overwrites out with the scaled sum of payloads, rank by rank."""
-        ...
-
-    def random_indices(self, n: int, k: int, seed: int) -> Array:
-        """k distinct ascending indices of range(n) from a seed."""
+        Args:
+            held: all that is in use; to be kept for as long as peers may write into it.
+        """
         ...

@@ -54,7 +54,9 @@ def mpi() -> dict[str, str]:
     """Vendor and thread level of MPI, which this starts; {} without mpi4py."""
     if util.find_spec("mpi4py") is None:
         return {}
-    import_module("hvd_sparse.exchange")  # tells MPI whether it is alone
+    import_module(
+        "hvd_sparse.transport.mpi.communicator"
+    )  # tells MPI whether it is alone
     try:
         library = import_module("mpi4py.MPI")
     except (ImportError, RuntimeError) as error:  # mpi4py is there, no library is

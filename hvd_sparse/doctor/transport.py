@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from hvd_sparse.carriers import gather_through
 from hvd_sparse.core.costs import Gather
-from hvd_sparse.exchange import LAUNCHER_VARIABLES
+from hvd_sparse.transport.mpi.communicator import LAUNCHER_VARIABLES
 
 Array = npt.NDArray[Any]
 DOORS = ("horovod", "mpi", "alone")
@@ -76,7 +76,7 @@ def _alone() -> Transport:
 
 
 def _mpi() -> Transport:
-    from hvd_sparse.exchange import MpiExchange
+    from hvd_sparse.transport.mpi.exchange import MpiExchange
 
     exchange = MpiExchange(None, timeout_s=60)  # says what is missing
     exchange.free()

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from hvd_sparse.kernels import host
+from hvd_sparse.kernels.contract import Kernels
 
 
-def kernels_for(array: Any) -> Any:
+def kernels_for(array: Any) -> Kernels:
     """The kernels that work where this array lives."""
     if isinstance(array, np.ndarray):
         return host

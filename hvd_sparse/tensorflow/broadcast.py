@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from hvd_sparse.broadcast import Broadcast, Described
+from hvd_sparse.transport.mpi.broadcast import Broadcast, Described
 
 
 def broadcast_variables(

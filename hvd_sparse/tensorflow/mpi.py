@@ -43,8 +43,6 @@ def _make(sparsifier: Sparsifier, comm: Any, op: int, **options: Any) -> Gradien
 def _shared(sparsifier: Sparsifier, comm: Any, op: int, **options: Any) -> Gradients:
     """Those of earlier tapes of the same communicator and configuration."""
     make = partial(_make, sparsifier, comm, op, **options)
-    if not hasattr(comm, "Get_attr") or not comm:
-        return make()  # which says what is wrong with it
     parts = describe(sparsifier, "sparsifier"), op, describe(options, "an option")
     return join(comm, Configuration(type(comm), *parts), make)
 

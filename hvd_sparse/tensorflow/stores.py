@@ -8,12 +8,11 @@ in it belong to variables, so that tapes of different models do not meet.
 
 import threading
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
-Store = TypeVar("Store")
+from hvd_sparse.transport.mpi.communicator import communicator_of
 
-_LOCK = threading.Lock()
+Store = TypeVar("Store")
 
 
 class Configuration(NamedTuple):
@@ -39,22 +38,36 @@ class _Shared:
         self.users = 0
 
 
+class _Attached:
+    """What is kept with a communicator."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()  # of each its own: ranks may be threads
+        self.stores: list[_Shared] = []
+
+
+def _attached(comm: Any) -> _Attached:
+    attributes = communicator_of(comm).attributes
+    found: _Attached = attributes.setdefault("tapes", _Attached())
+    return found
+
+
 def join(comm: Any, configuration: Configuration, make: Callable[[], Store]) -> Store:
     """The store of this communicator and configuration, made if there is none.
 
     Args:
-        comm: an mpi4py communicator.
+        comm: as of SparseAllreduce.
         configuration: what makes two stores one.
         make: collective over comm.
     """
-    with _LOCK:
-        stores: list[_Shared] = comm.Get_attr(_keyval()) or []
-        for shared in stores:
+    attached = _attached(comm)
+    with attached.lock:
+        for shared in attached.stores:
             if shared.configuration == configuration:
                 break
         else:
             shared = _Shared(configuration, make())
-            comm.Set_attr(_keyval(), [*stores, shared])
+            attached.stores.append(shared)
         shared.users += 1
         store: Store = shared.store
         return store
@@ -62,20 +75,12 @@ def join(comm: Any, configuration: Configuration, make: Callable[[], Store]) -> 
 
 def leave(comm: Any, store: Any) -> bool:
     """One user fewer; returns whether it was the last, and the store is nobody's."""
-    with _LOCK:
-        stores: list[_Shared] = comm.Get_attr(_keyval()) or []
-        for shared in stores:
+    attached = _attached(comm)
+    with attached.lock:
+        for shared in attached.stores:
             if shared.store is store:
                 shared.users -= 1
                 if not shared.users:
-                    rest = [other for other in stores if other is not shared]
-                    comm.Set_attr(_keyval(), rest)
+                    attached.stores.remove(shared)
                 return not shared.users
     return False
-
-
-@cache
-def _keyval() -> int:
-    from mpi4py import MPI
-
-    return int(MPI.Comm.Create_keyval())

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hvd_sparse.broadcast import Broadcast, Described
 from hvd_sparse.core.sharing import repeats
 from hvd_sparse.torch.sharing import is_gapless, shared_with
+from hvd_sparse.transport.mpi.broadcast import Broadcast, Described
 
 Tensor = torch.Tensor
 

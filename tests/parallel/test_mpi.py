@@ -12,7 +12,7 @@ from counting import counted
 from doors import AFFINE, Interrupted
 from mpi4py import MPI
 
-import hvd_sparse.exchange
+import hvd_sparse
 from hvd_sparse import (
     CAT,
     Average,
@@ -29,8 +29,9 @@ from hvd_sparse import (
     TopK,
     WhenCheaper,
 )
-from hvd_sparse.exchange import MpiExchange
 from hvd_sparse.mpi import SparseAllreduce, measure
+from hvd_sparse.transport.mpi import failure, protocol
+from hvd_sparse.transport.mpi.exchange import MpiExchange
 
 COMM = MPI.COMM_WORLD
 RANK, SIZE = COMM.Get_rank(), COMM.Get_size()
@@ -144,18 +145,6 @@ def test_order_of_the_mapping_does_not_matter():
     assert same_bits(results)
 
 
-@pytest.fixture
-def small_messages(monkeypatch):
-    """A step moves at most 64 bytes of a rank in one collective."""
-    construct = MpiExchange.__init__
-
-    def limited(self, *arguments):
-        construct(self, *arguments)
-        self.message_bytes = 64
-
-    monkeypatch.setattr(MpiExchange, "__init__", limited)
-
-
 def exchanged(comm, density, dense):
     with SparseAllreduce(TopK(density), comm=comm, dense=dense) as reduce:
         return reduce.grouped_allreduce(gradients(0))
@@ -167,10 +156,10 @@ def exchanged(comm, density, dense):
     [(0.5, Never(), "Iallgatherv"), (1.0, WhenCheaper(), "Iallreduce")],
     ids=["sparse", "dense"],
 )
-def test_messages_above_the_limit_are_split(density, dense, collective, request):
+def test_messages_above_the_limit_are_split(density, dense, collective, monkeypatch):
     whole, split = counted(COMM), counted(COMM)
     expected = exchanged(whole, density, dense)
-    request.getfixturevalue("small_messages")
+    monkeypatch.setattr(protocol, "MESSAGE_BYTES", 64)
     found = exchanged(split, density, dense)
     assert whole.calls[collective] == 1
     assert split.calls[collective] > 1
@@ -935,7 +924,7 @@ def test_a_rank_that_can_not_construct_is_heard_by_those_who_can():
 @pytest.mark.ranks
 @several
 def test_a_straggler_is_warned_about_and_awaited(monkeypatch, caplog):
-    monkeypatch.setattr(hvd_sparse.exchange, "WARNING_S", 0.2)
+    monkeypatch.setattr(failure, "WARNING_S", 0.2)
     with SparseAllreduce(TopK(0.5), comm=COMM, dense=Never(), timeout_s=20) as reduce:
         reduce.allreduce("late", np.ones(8, np.float32))  # now all are here, compiled
         if RANK == SIZE - 1:

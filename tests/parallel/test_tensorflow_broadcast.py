@@ -5,7 +5,6 @@ import pytest
 import tensorflow as tf
 from mpi4py import MPI
 
-import hvd_sparse.broadcast
 import hvd_sparse.tensorflow as sparse
 from hvd_sparse import ExchangeError
 
@@ -62,7 +61,7 @@ def test_a_keras_model_and_its_optimizer():
 
 @pytest.mark.ranks
 def test_large_variables_travel_in_pieces(monkeypatch):
-    monkeypatch.setattr(hvd_sparse.broadcast, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr("hvd_sparse.transport.mpi.broadcast._PIECE_BYTES", 1000)
     variables = [tf.Variable(numbers((2501,), "float32"))]
     broadcast(variables)
     assert len(set(COMM.allgather(bits(variables)))) == 1

@@ -8,7 +8,6 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
-import hvd_sparse.broadcast
 import hvd_sparse.torch as sparse
 from hvd_sparse import ExchangeError
 
@@ -174,8 +173,8 @@ def test_views_of_one_buffer_are_overwritten_where_they_are():
 
 @pytest.mark.ranks
 def test_large_tensors_travel_in_pieces(monkeypatch):
-    monkeypatch.setattr(hvd_sparse.broadcast, "_PIECE_BYTES", 1000)
-    monkeypatch.setattr(hvd_sparse.broadcast, "_MOST_UNDER_WAY", 3)
+    monkeypatch.setattr("hvd_sparse.transport.mpi.broadcast._PIECE_BYTES", 1000)
+    monkeypatch.setattr("hvd_sparse.transport.mpi.broadcast._MOST_UNDER_WAY", 3)
     tensors = {"a": numbers(2501), "b": numbers(7, 300).t(), "c": numbers(100)}
     broadcast(tensors)
     assert agree(*tensors.values())

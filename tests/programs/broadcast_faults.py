@@ -10,7 +10,7 @@ import sys
 import numpy as np
 from mpi4py import MPI
 
-from hvd_sparse.broadcast import Broadcast, Described
+from hvd_sparse.transport.mpi.broadcast import Broadcast, Described
 
 comm = MPI.COMM_WORLD
 fault = sys.argv[1]

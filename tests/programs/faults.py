@@ -13,8 +13,8 @@ import numpy as np
 from mpi4py import MPI
 
 import hvd_sparse
-import hvd_sparse.exchange
 import hvd_sparse.mpi
+from hvd_sparse.transport.mpi import failure
 
 comm = MPI.COMM_WORLD
 fault = sys.argv[1]
@@ -66,7 +66,7 @@ elif fault == "several":
     others = [make() for _ in range(5)]
     reduce = others[3]
 elif fault == "warning":
-    hvd_sparse.exchange.WARNING_S = 0.2
+    failure.WARNING_S = 0.2
     logging.getLogger("hvd_sparse").addFilter(refuse)
     try:
         reduce.allreduce("layer", gradient)

@@ -2,7 +2,7 @@
 
 Ranks agree first: on names, shapes, dtypes, and on who sends. Then every array travels
 from and into the memory where it is, in the order of its name, and nothing is copied on
-the way. Nothing blocks: requests are polled against a deadline (see `exchange`).
+the way. Nothing blocks: requests are polled against a deadline (see `failure`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hvd_sparse.exchange import MpiExchange
+from hvd_sparse.transport.mpi.exchange import MpiExchange
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -44,7 +44,7 @@ class Broadcast:
 
         Args:
             root: the rank whose arrays all take.
-            comm: an mpi4py communicator; MPI.COMM_WORLD unless given.
+            comm: as of MpiExchange.
             timeout_s: seconds to wait for peers without anything that arrives.
 
         Raises:
