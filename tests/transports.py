@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from hvd_sparse import ExchangeError, Selection
-from hvd_sparse.core.payload import INDEXED, Header, encode
+from hvd_sparse.core.formats import Float32
+from hvd_sparse.core.payload import Header, encode
 from hvd_sparse.transport.mpi.agreement import Row
 from hvd_sparse.transport.mpi.broadcast import Broadcast, Described
 from hvd_sparse.transport.mpi.exchange import MpiExchange
@@ -72,7 +73,7 @@ def payload(rank: int, place: int, k: int) -> np.ndarray:
     random = np.random.default_rng([rank, place, k])
     indices = np.sort(random.choice(N, k, replace=False)).astype(np.int32)
     values = random.standard_normal(k).astype(np.float32)
-    header = Header(INDEXED, "float32", N, k, step=0, digest=place)
+    header = Header(Float32.layout, "float32", N, k, step=0, digest=place)
     return encode(Selection(indices, values, 0), header)[0]
 
 
