@@ -19,7 +19,9 @@ from hvd_sparse.core.payload import (
     Header,
     decode,
     encode,
+    encode_error,
     most_elements,
+    padded_bytes,
     payload_bytes,
     split,
 )
@@ -189,7 +191,7 @@ def damaged(offset: int, form: str, value: Any) -> np.ndarray:
         (5, "B", 0, "layout 0, expected 1"),
         (6, "B", 4, "dtype 4, expected 3"),
         (6, "B", 0, "dtype 0, expected 3"),
-        (7, "B", 2, "flags 2"),
+        (7, "B", 4, "flags 4"),
         (7, "B", 0x81, "flags 129"),
         (8, "<i", 101, "n 101, expected 100"),
         (8, "<i", -1, "n -1, expected 100"),
@@ -238,3 +240,51 @@ def test_a_payload_with_bytes_to_spare_is_refused() -> None:
     longer = np.concatenate([buffer, np.zeros(8, np.uint8)])
     with pytest.raises(PayloadError, match="of 64 bytes, expected 56 for k = 3"):
         decode(longer, GOOD)
+
+
+# ---------------------------------------------------------------- in place of a payload
+
+
+def test_what_a_rank_raised_is_read_by_the_others() -> None:
+    header = Header(Float32.layout, "float32", n=9, k=4, step=3, digest=7)
+    payload = encode_error(ZeroDivisionError("in select, größer"))
+    with pytest.raises(
+        PayloadError, match=r"^raised ZeroDivisionError: in select, grö"
+    ):
+        decode(payload, header)
+
+
+@given(st.integers(0, 60), st.text(max_size=40))
+def test_it_takes_the_room_that_there_is(room: int, text: str) -> None:
+    size = HEADER_BYTES + room
+    payload = encode_error(ValueError(text), size)
+    assert payload.size == size
+    with pytest.raises(PayloadError) as raised:
+        decode(
+            payload, Header(Float32.layout, "float32", n=9, k=room, step=0, digest=0)
+        )
+    whole = f"ValueError: {text}".encode(errors="replace").decode()
+    told = str(raised.value).removeprefix("raised ")
+    assert whole.startswith(told) or not told.removeprefix("an error")
+    assert payload_is_zero_after(payload, told)
+
+
+def payload_is_zero_after(payload: Any, told: str) -> bool:
+    taken = 0 if told == "an error" else len(told.encode())
+    return not payload[HEADER_BYTES + taken :].any()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_it_may_stand_among_payloads(padded: bool) -> None:
+    header = Header(Float32.layout, "float32", n=300, k=5, step=0, digest=0)
+    parts = [
+        encode(selected(header), header)[0],
+        encode_error(MemoryError("x" * 1000)),
+        encode_error(MemoryError()),
+    ]
+    row = np.concatenate(parts)
+    if padded:
+        row = np.concatenate([row, np.zeros(padded_bytes(row.size) - row.size, "u1")])
+    found = split(np.concatenate([row, row]), each=3, padded=padded)
+    assert [p.tobytes() for p in found] == [p.tobytes() for p in parts * 2]
+    assert parts[1].size < 500  # whatever a user's error says

@@ -41,32 +41,20 @@ class Outbound:
     def _select(self, flight: Flight, gradient: Array, *, in_place: bool) -> None:
         """One alone; its residual takes the gradient and keeps what is not selected."""
         tensor, flat = flight.tensor, _flat(gradient)
-        flight.cleared = in_place and tensor.clears and is_flat(gradient)
-        flight.accumulated = True
+        residual = self._memory.residual(tensor.name, gradient)
         if tensor.trusted:
-            residual = self._memory.residual(tensor.name, gradient)
+            flight.cleared = in_place and tensor.clears and is_flat(gradient)
+            flight.accumulated = True
             out = flat if flight.cleared else None
             selection = tensor.select(residual, flat, out)
         else:
-            selection = self._select_by_users(tensor, flat)
+            selection = _select_by_users(tensor, residual, flat)
+            flight.accumulated = True
         tensor.chosen = selection.indices.shape[0]
         tensor.payload = self._encode(tensor, selection)
         tensor.in_flight = True
         if tensor.unindexed:
             flight.indices = selection.indices
-
-    def _select_by_users(self, tensor: Tensor, flat: Array) -> Selection:
-        """A user's sparsifier may raise, or be refused, at any point of its work."""
-        residual = self._memory.residual(tensor.name, flat)
-        before = deepcopy(residual)
-        try:
-            selection = tensor.select(residual, flat, None)
-            check_selection(tensor, selection)
-        except BaseException:
-            residual[...] = before
-            self._memory.accumulate(tensor.name, flat)
-            raise
-        return selection
 
     def _encode(self, tensor: Tensor, selection: Selection) -> Bytes:
         """Its payload; from here on what was selected is in there, or back again."""
@@ -100,6 +88,18 @@ class Outbound:
                 self._memory.accumulate(tensor.name, _flat(gradient))
             if tensor.name in in_place:
                 gradient[...] = 0
+
+
+def _select_by_users(tensor: Tensor, residual: Array, flat: Array) -> Selection:
+    """It may raise, or be refused, at any point: the residual is then what it was."""
+    before = deepcopy(residual)
+    try:
+        selection = tensor.select(residual, flat, None)
+        check_selection(tensor, selection)
+    except BaseException:
+        residual[...] = before
+        raise
+    return selection
 
 
 def _may_join(flight: Flight, gradient: Array, in_place: Container[str]) -> bool:

@@ -142,10 +142,10 @@ class GradientPath:
         bucket = [(Flight(self.admit(n, g)), g) for n, g in gradients.items()]
         for flight, _ in bucket:
             flight.check_on_ground()
-        if self._undo:
-            for flight, gradient in bucket:
-                self._undo.note(flight.tensor, gradient)
         try:
+            if self._undo:
+                for flight, gradient in bucket:
+                    self._undo.note(flight.tensor, gradient)
             self._there.select(bucket, in_place)
             self._there.start(bucket)
         except BaseException:

@@ -7,7 +7,8 @@ One payload a tensor, and each describes itself. Version 1, little-endian:
     4       1      version
     5       1      layout: of the entries, see `hvd_sparse.core.formats`
     6       1      dtype of the gradient: 1 float16, 2 bfloat16, 3 float32, 4 float64
-    7       1      flags: bit 0, this rank met elements that were not finite
+    7       1      flags: bit 0, this rank met elements that were not finite; bit 1, it
+                   raised, and after the header are k bytes of text that say what
     8       4      n, elements of the gradient
     12      4      k, elements in this payload
     16      8      step, completed exchanges of this tensor
@@ -27,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvd_sparse.core.contracts import Array, Format, PayloadError, Selection
-from hvd_sparse.core.formats import FORMATS
+from hvd_sparse.core.formats import FORMATS, Float32
 from hvd_sparse.kernels.host import address
 
 Bytes = npt.NDArray[np.uint8]
@@ -39,6 +40,8 @@ HEADER_BYTES = 32
 _MAGIC = b"HVSP"
 _HEADER = Struct("<4sBBBBiiqQ")
 _NONFINITE = 1
+_RAISED = 2
+_REASON_BYTES = 400  # the most that is told of an error
 _FLAGS_AT = 7
 _STEP_AT = 16
 _HEADER_AT = np.arange(HEADER_BYTES)
@@ -63,6 +66,11 @@ class Header(NamedTuple):
     k: int
     step: int
     digest: int
+
+    @property
+    def payload_bytes(self) -> int:
+        """Of a payload that it is the header of."""
+        return int(payload_bytes(FORMATS[self.layout], str(self.dtype), self.k))
 
     @property
     def wide(self) -> str:
@@ -110,6 +118,36 @@ def encode(
     return out, selection.values if sent is values else _like(sent, selection.values)
 
 
+def encode_error(error: BaseException, size: int | None = None) -> Bytes:
+    """What leaves in place of a payload: this rank raised.
+
+    Args:
+        error: what to tell the peers, who may get the beginning of its text.
+        size: bytes that it must have, where all ranks send as many; at least 32.
+    """
+    text = f"{type(error).__name__}: {error}".encode(errors="replace")
+    room = _REASON_BYTES if size is None else size - HEADER_BYTES
+    k = min(len(text), room)
+    while 0 < k < len(text) and text[k] & 0xC0 == 0x80:  # in the middle of a letter
+        k -= 1
+    out = np.zeros(_error_bytes(k) if size is None else size, np.uint8)
+    fields = (_MAGIC, VERSION, Float32.layout, DTYPES["float32"], _RAISED, 0, k, 0, 0)
+    _HEADER.pack_into(out.data, 0, *fields)
+    out[HEADER_BYTES : HEADER_BYTES + k] = np.frombuffer(text[:k], np.uint8)
+    return out
+
+
+def _error_bytes(k: int) -> int:
+    """Bytes of such a payload with a text of k bytes."""
+    return HEADER_BYTES + -(-k // 8) * 8
+
+
+def _raised(buffer: Bytes, k: int) -> PayloadError:
+    """What its rank tells of an error."""
+    text = buffer[HEADER_BYTES : HEADER_BYTES + max(k, 0)].tobytes()
+    return PayloadError(f"raised {text.decode(errors='replace') or 'an error'}")
+
+
 def decode(buffer: Bytes, expected: Header, *, varies: bool = False) -> Selection:
     """The selection in a payload, once the header agrees.
 
@@ -124,7 +162,8 @@ def decode(buffer: Bytes, expected: Header, *, varies: bool = False) -> Selectio
         A selection; its indices are empty where every rank knows them.
 
     Raises:
-        PayloadError: the header disagrees; the text has field, expected and found.
+        PayloadError: the header disagrees, and the text has field, expected and found;
+            or its rank raised, and the text has what.
     """
     if buffer[:HEADER_BYTES].tobytes() == _packed(expected):  # all but always
         return _entries(buffer, expected, expected.k, 0)
@@ -136,6 +175,8 @@ def decode(buffer: Bytes, expected: Header, *, varies: bool = False) -> Selectio
         raise PayloadError(
             f"format {magic!r} version {version}, expected {_MAGIC!r} version {VERSION}"
         )
+    if flags == _RAISED:
+        raise _raised(buffer, k)
     if flags & ~_NONFINITE:
         raise PayloadError(f"flags {flags}, expected 0 or {_NONFINITE}")
     found = Header(layout, code, n, k, step, digest)
@@ -289,7 +330,7 @@ def _size_at(buffer: Bytes, start: int, rank: int) -> int:
     header = buffer.data[start : start + HEADER_BYTES]
     whole = len(header) == HEADER_BYTES
     fields: tuple[Any, ...] = _HEADER.unpack(header) if whole else (b"", *[0] * 8)
-    magic, version, layout, code, _, _, k, _, _ = fields
+    magic, version, layout, code, flags, _, k, _, _ = fields
     if (magic, version) != (_MAGIC, VERSION) or k < 0:
         raise PayloadError(
             f"rank {rank}: format {magic!r} version {version}, "
@@ -297,6 +338,8 @@ def _size_at(buffer: Bytes, start: int, rank: int) -> int:
         )
     if layout not in FORMATS:
         raise PayloadError(f"rank {rank}: layout {layout}, expected 1 to 3")
+    if flags == _RAISED:
+        return _error_bytes(k)
     size: int = payload_bytes(FORMATS[layout], _DTYPE_OF.get(code, ""), k)
     return size
 

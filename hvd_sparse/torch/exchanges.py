@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -237,10 +238,6 @@ class GatheredExchange(_HorovodExchange):
         """
         return self._enter(name).awaited
 
-    def abandon(self, name: str) -> None:
-        """The payload will not come; those that wait for it have been taken back."""
-        self._batches[name].clear()
-
     def start(self, name: str, payload: Array) -> str:
         """The payload leaves with the last one of its batch."""
         batch = self._enter(name)
@@ -297,6 +294,26 @@ class GatheredExchange(_HorovodExchange):
                     self._gather(batch)
             self._await(self._batches[handle])
         return self._arrived[handle]
+
+    def withdraw(self) -> None:
+        """The step was given up: what waits for others of its batch does not leave."""
+        for batch in dict.fromkeys(self._batches.values()):
+            if batch.handle is None:
+                batch.clear()
+
+    def drain(self) -> None:
+        """Wait for all that is on its way, and drop it: the step has failed.
+
+        Incomplete batches leave: peers wait for them.
+        """
+        for batch in dict.fromkeys(self._batches.values()):
+            with suppress(Exception):  # it failed as well
+                if batch.payloads and batch.handle is None:
+                    self._gather(batch)
+                if batch.handle is not None:
+                    horovod().synchronize(batch.handle)
+            batch.clear()
+        self._arrived.clear()
 
     def drop(self, arrival: Arrival) -> None:
         """Its payloads need not be kept."""
@@ -376,8 +393,13 @@ class EmbeddedExchange(_HorovodExchange):
         """Nothing waits for it."""
         return []
 
-    def abandon(self, name: str) -> None:
-        """Nor does anything now."""
+    def withdraw(self) -> None:
+        """Nothing waits."""
+
+    def drain(self) -> None:
+        """All is on its way with what Horovod reduces."""
+        self._sent.clear()
+        self._payloads.clear()
 
     def forget(self) -> None:
         """Nor has it arrived."""

@@ -23,20 +23,17 @@ A write through `p.grad.data` or `p.grad.numpy()` is not noticed.
 import threading
 import weakref
 from collections.abc import Iterable
-from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hvd_sparse.advice import Adviser
 from hvd_sparse.carriers import Carrier, Embedded, Gathered
 from hvd_sparse.core.contracts import Average, ExchangeError, Op, Sparsifier
-from hvd_sparse.core.flight import Flight
 from hvd_sparse.core.formats import Values
+from hvd_sparse.core.interrupts import Uninterrupted
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.scaling import scale_of
@@ -52,78 +49,24 @@ from hvd_sparse.torch.exchanges import (
     is_exchanged,
     waits_for_peers,
 )
+from hvd_sparse.torch.inbound import Inbound
 from hvd_sparse.torch.names import Caller, ParameterNames, find_caller
-from hvd_sparse.torch.places import Place, Places
+from hvd_sparse.torch.outbound import Outbound
 from hvd_sparse.torch.scaling import refuse_before_exchange
-from hvd_sparse.torch.states import as_tensors, on_host, viewed
+from hvd_sparse.torch.states import as_tensors, on_host
+from hvd_sparse.torch.step import Context, Idle, Step
 from hvd_sparse.torch.unused import Unused, looked_at
 from hvd_sparse.torch.wrapped import (
     enlist,
     exchanging,
     is_frozen,
     newcomers,
+    release,
     with_gradients,
 )
 from hvd_sparse.watchdog import Watchdog
 
 Tensor = torch.Tensor
-
-_COPIED = 1 << 20  # bytes of a gradient that goes dense: no more than that are copied
-_REDUCIBLE = (torch.float16, torch.float32, torch.float64)  # by Horovod 0.28.1
-
-
-@dataclass(slots=True)
-class Context:
-    """What decompress must know of a gradient that compress was given.
-
-    Attributes:
-        name: of its parameter.
-        place: where the gradient is.
-        dense: it is reduced by Horovod.
-        flight: None until it is on its way.
-        result: None until it is there.
-    """
-
-    name: str
-    place: Place
-    dense: bool = False
-    flight: Flight | None = None
-    result: Tensor | None = None
-
-    @property
-    def sent(self) -> Flight:
-        """The flight of a gradient that is on its way."""
-        if self.flight is None:
-            raise forgotten(self.name)
-        return self.flight
-
-    @property
-    def array(self) -> Any:
-        """The gradient as the path sees it."""
-        return viewed(self.place.memory)
-
-
-@dataclass(slots=True)
-class Idle:
-    """In place of a Context: no rank sends anything of this parameter.
-
-    Attributes:
-        name: of the parameter.
-        gradient: stays as it is.
-        frozen: the parameter, if that is why; None before a closure.
-    """
-
-    name: str
-    gradient: Tensor
-    frozen: Tensor | None
-
-
-def forgotten(name: str) -> ExchangeError:
-    """What to raise where the state is not that in which a gradient left."""
-    return ExchangeError(
-        f"{name}: is not on its way: a state was loaded between the backward pass and "
-        "the optimizer's step"
-    )
 
 
 def unsent(name: str) -> ValueError:
@@ -132,15 +75,6 @@ def unsent(name: str) -> ValueError:
         f"{name}: joined the optimizer after hvd.DistributedOptimizer was made, and "
         "its gradient is not sent in this step; in this first one call "
         "optimizer.step() without optimizer.synchronize() before"
-    )
-
-
-def changed(name: str) -> ValueError:
-    """What to raise where the result would overwrite what somebody wrote."""
-    return ValueError(
-        f"{name}: its gradient was changed after it was sent; call "
-        "optimizer.synchronize() before you change gradients, and optimizer.step() "
-        "within optimizer.skip_synchronize()"
     )
 
 
@@ -239,12 +173,8 @@ class SparseCompressor:
         if op is None:
             self._path.plan.op_name = "the optimizer's"
         self._names = ParameterNames(named_parameters)
-        self._under_way: dict[str, Context] = {}
-        self._waiting: dict[str, Context] = {}  # for the last one of their batch
-        self._places = Places()
         self._contended = Contended()
         self._planned = False
-        self._arriving = False  # results of this step
         self._before_closure = False
         self._unused = Unused()
         self._looked: set[str] = set()  # names of tensors that tell what is unused
@@ -261,6 +191,10 @@ class SparseCompressor:
             waiting=waits_for_peers,
         )
         weakref.finalize(self, self._watchdog.stop)
+        self._step = Step(self._path, self._watchdog)
+        parts = (self._step, self._path, self._carrier)
+        self._outbound = Outbound(*parts, self._watchdog)
+        self._inbound = Inbound(*parts, self._outbound, self._found)
         horovod()
         elastic.register(SparseCompressor)
         _watch_steps()
@@ -281,11 +215,13 @@ class SparseCompressor:
     def compress(self, tensor: Tensor) -> tuple[Tensor, Context | Idle]:
         """Send a gradient on its path; returns what Horovod is to reduce.
 
+        If that fails, peers are told so in place of what was to be sent, and it is
+        raised where results are asked for, on every rank.
+
         Raises:
-            TypeError: the gradient is not floating.
-            ValueError: op is Adasum, the parameter is unknown, its gradient changed its
-                shape, one that waits was changed, the optimizer is another than before,
-                or the state of elastic training does not have this compressor.
+            ValueError: op is Adasum, the parameter is unknown, the optimizer is another
+                than before, or the state of elastic training does not have this
+                compressor.
         """
         with self._lock:
             caller = find_caller(depth=1)
@@ -297,29 +233,47 @@ class SparseCompressor:
             if self._elastic and not self._shutdown.recovers:
                 self._shutdown.recovers = elastic.covers(self)
             name, parameter = self._names.find(tensor, caller)
-            if name in self._under_way and self._path.scaling.is_used:
-                self._give_up_all()  # before the loss scale changes
-            if not self._under_way:
-                self._begin(caller)
-            if caller is not None and self._is_idle(caller, parameter):
-                frozen = None if parameter.requires_grad else parameter
-                return self._carrier.nothing(), Idle(name, tensor, frozen)
-            return self._send(name, tensor, parameter)
+            sent: tuple[Tensor, Context | Idle] | None = None
+            try:
+                with Uninterrupted():
+                    sent = self._send(name, tensor, parameter, caller)
+            except BaseException as error:
+                self._step.fail(error)
+                if sent is None:  # else it was Ctrl-C, after all
+                    sent = self._outbound.excuse(name, tensor, parameter)
+            return sent
+
+    def _send(
+        self, name: str, gradient: Tensor, parameter: Tensor, caller: Caller | None
+    ) -> tuple[Tensor, Context | Idle]:
+        step = self._step
+        if step.arriving:  # something else than ours has failed: some never came
+            self._inbound.end(None)
+        elif name in step and (caller is not None or self._path.scaling.is_used):
+            self._carrier.withdraw()
+            step.roll_back()
+        if step.is_empty:
+            self._begin(caller)
+        if caller is not None and self._is_idle(caller, parameter):
+            frozen = None if parameter.requires_grad else parameter
+            idle = step.idle[name] = Idle(name, gradient, frozen)
+            return self._carrier.nothing(), idle
+        return self._outbound.send(name, gradient, parameter)
 
     def _begin(self, caller: Caller | None) -> None:
         """The first gradient of a step."""
-        if caller is not None and caller.synchronizing:  # no backward pass since
-            self._unused.forget()
+        joined: list[str] = []
+        if caller is not None:
+            joined = enlist(caller.optimizer, self._names)
+            if not self._planned:  # before anything that may fail on this rank alone
+                self._plan(caller.optimizer)
+            if caller.synchronizing:  # no backward pass since
+                self._unused.forget()
         self._throw_away()
         self._path.begin()
         self._contended.clear()
-        if caller is None:
-            return
-        joined = enlist(caller.optimizer, self._names)
-        if joined and caller.synchronizing:  # too late for this time
-            raise unsent(joined[0])
-        if not self._planned:
-            self._plan(caller.optimizer)
+        if joined and caller is not None and caller.synchronizing:
+            raise unsent(joined[0])  # too late for this time
 
     def _throw_away(self) -> None:
         """The step before, if nothing became of it."""
@@ -328,7 +282,7 @@ class SparseCompressor:
         if self._path.residuals.can_discard:
             self._path.residuals.discard()
         else:
-            self._unused.warn(stacklevel=5)
+            self._unused.warn(stacklevel=6)
 
     def _is_idle(self, caller: Caller, parameter: Tensor) -> bool:
         """Whether there is nothing to send, nor would the result be of use.
@@ -358,29 +312,67 @@ class SparseCompressor:
             another where its memory is needed by others.
 
         Raises:
-            ExchangeError: a peer disagrees, or did not arrive before Horovod was shut
-                down. What was sent is back in the residual.
+            Exception: what this rank raised while it sent its gradients.
+            ExchangeError: a peer disagrees, raised, or did not arrive before Horovod
+                was shut down. What was sent in this step is back in the residuals, and
+                the optimizer is ready for the next one.
             ValueError: the gradient was changed after it was sent.
+            KeyboardInterrupt: Ctrl-C, once all results are there.
         """
-        if ctx is None:  # a sparse gradient: Horovod gathers its rows itself
-            self._look_for_overflow(tensor)
-            return tensor
-        if isinstance(ctx, Idle):
-            return self._receive_nothing(tensor, ctx)
         with self._lock:
+            if ctx is None:  # a sparse gradient: Horovod gathers its rows itself
+                self._inbound.look_for_overflow(tensor)
+                return tensor
+            if isinstance(ctx, Idle):
+                return self._receive_nothing(tensor, ctx)
             if ctx.result is None:  # some were received with the first of their batch
-                if not self._arriving:  # the first result of this step
-                    refuse_before_exchange(depth=1)
-                    self._places.settle()
-                    self._arriving = True
-                if ctx.dense:
-                    self._receive_dense(tensor, ctx)
-                else:
-                    self._receive(tensor, ctx)
+                self._receive(tensor, ctx)
             assert ctx.result is not None
             self._note(ctx)
             self._contended.keep(ctx.name, ctx.place, ctx.result)
             return ctx.place.seen(ctx.result)
+
+    def _receive(self, reduced: Tensor, ctx: Context) -> None:
+        try:
+            with Uninterrupted():
+                if not self._step.arriving:
+                    refuse_before_exchange(depth=2)
+                self._inbound.receive(reduced, ctx)
+        except BaseException as error:
+            if ctx.result is None:
+                raise self._failed(error) from error.__cause__
+            self._step.fail(error)  # Ctrl-C: raised when the others are there too
+        self._finish()
+
+    def _receive_nothing(self, reduced: Tensor, ctx: Idle) -> Tensor:
+        try:
+            gradient = self._inbound.receive_nothing(reduced, ctx)
+        except BaseException as error:
+            raise self._failed(error) from error.__cause__
+        self._finish()
+        return gradient
+
+    def _finish(self) -> None:
+        """Once the last result is there, the step counts."""
+        error = self._step.settle()
+        if error is not None:
+            release(self._horovods)
+            raise error
+
+    def _failed(self, error: BaseException) -> BaseException:
+        """What to raise once the whole step is taken back."""
+        gave_up = self._watchdog.gave_up
+        self._inbound.fail(error, self._horovods)
+        if gave_up and not self._shutdown.recovers:
+            failed = ExchangeError(gave_up)
+            failed.__cause__ = error
+            return failed
+        return error  # elastic training recovers from Horovod's own error alone
+
+    @property
+    def _horovods(self) -> Any:
+        """The optimizer that Horovod made, if it is known."""
+        return None if self._optimizer is None else self._optimizer()
 
     def _note(self, ctx: Context) -> None:
         """After `synchronize`, by the user, who may do with it what he likes."""
@@ -405,225 +397,6 @@ class SparseCompressor:
             names[p] for p in optimizer._requires_update if p in names
         )
         self._planned = True
-
-    def _send(
-        self, name: str, gradient: Tensor, parameter: Tensor
-    ) -> tuple[Tensor, Context]:
-        """As little as can be: what the backward pass has in cache stays there."""
-        self._arriving = False
-        known = self._path.plan.tensors.get(name)
-        if known is None or known.dense or known.shape != gradient.shape:
-            known = self._path.admit(name, viewed(gradient))
-        self._watchdog.sent(name, known.header.step)
-        self._give_up(name, gradient)
-        holder = parameter if parameter.grad is gradient else None
-        context = Context(name, self._places.enter(gradient, holder), known.dense)
-        self._under_way[name] = context
-        if known.dense:
-            return self._send_dense(context), context
-        due = self._carrier.announce(name)
-        if known.grouped and self._carrier.batched and gradient.is_contiguous():
-            self._waiting[name] = context
-        else:
-            self._send_alone(context)
-        self._send_together(due)
-        return self._carrier.to_reduce(name), context
-
-    def _give_up(self, name: str, gradient: Tensor) -> None:
-        """The step of an earlier gradient, whose result was never asked for."""
-        context = self._under_way.pop(name, None)
-        if context is None:
-            return
-        self._places.leave(context.place)
-        if self._waiting.pop(name, None) is not None:
-            self._keep(context, gradient)
-        elif context.flight is not None:
-            self._path.recall([context.flight])
-
-    def _give_up_all(self) -> None:
-        """A step without its results."""
-        for context in list(self._under_way.values()):
-            self._forget(context)
-            waited = self._waiting.pop(context.name, None) is not None
-            if waited and not context.place.changed:
-                self._path.keep(context.name, context.array)
-            elif context.flight is not None:
-                self._path.recall([context.flight])
-
-    def _keep(self, waiting: Context, gradient: Tensor) -> None:
-        """Unless the next gradient took its memory."""
-        earlier = waiting.array
-        if not np.may_share_memory(earlier, viewed(gradient)):
-            self._path.keep(waiting.name, earlier)
-
-    def _send_together(self, names: Iterable[str]) -> None:
-        """Send those of these tensors that wait."""
-        contexts = [self._waiting[name] for name in names if name in self._waiting]
-        gradients = {context.name: context.array for context in contexts}
-        try:
-            for context in contexts:
-                if context.place.changed:
-                    raise changed(context.name)
-                self._path.admit(context.name, gradients[context.name])
-        except BaseException:
-            self._abandon(contexts)
-            for context in contexts:
-                self._keep_what_is_right(context)
-            raise
-        try:
-            flights = self._path.send(gradients)
-        except BaseException:
-            self._abandon(contexts)
-            raise
-        for context, flight in zip(contexts, flights, strict=True):
-            context.flight = flight
-            del self._waiting[context.name]
-
-    def _abandon(self, contexts: list[Context]) -> None:
-        """Their step ends here."""
-        for context in contexts:
-            del self._waiting[context.name]
-            self._carrier.abandon(context.name)
-            self._forget(context)
-
-    def _keep_what_is_right(self, context: Context) -> None:
-        """What is not refused goes with the next step."""
-        if not context.place.changed:
-            with suppress(TypeError, ValueError):
-                self._path.keep(context.name, context.array)
-
-    def _send_alone(self, context: Context) -> None:
-        try:
-            [context.flight] = self._path.send({context.name: context.array})
-        except BaseException:
-            self._forget(context)
-            raise
-
-    def _send_dense(self, context: Context) -> Tensor:
-        """The gradient as Horovod can reduce it, with what may still wait of it.
-
-        Horovod reduces in place. Where that is not too much a copy, so that a gradient
-        may be read and share its memory.
-        """
-        gradient = context.place.memory
-        waiting = self._path.residuals.take(context.name)
-        if waiting is not None:  # it went sparse while there were fewer ranks
-            rest = torch.as_tensor(waiting).view_as(gradient)
-            gradient = gradient + rest.to(gradient)
-        if gradient.dtype not in _REDUCIBLE:
-            return gradient.float().contiguous()
-        reduced = gradient.contiguous()
-        if reduced is not context.place.memory:
-            return reduced
-        small = reduced.numel() * reduced.element_size() <= _COPIED
-        if small or not self._places.may_give_way(context.place):
-            return reduced.clone()
-        context.place.reduced = context.name
-        return reduced
-
-    # ------------------------------------------------------------------- and back
-
-    def _receive(self, reduced: Tensor, ctx: Context) -> None:
-        arrived = [ctx]
-        try:
-            self._send_together(sorted(self._waiting))  # their batches lack a member
-            flight = ctx.sent
-            if ctx.place.changed:
-                raise changed(ctx.name)
-            self._path.plan.op = self._found(
-                self._carrier.reduced(flight.handle, reduced)
-            )
-            if batch := self._receive_batch(flight):
-                arrived = batch
-            else:
-                self._receive_alone(ctx, flight)
-        except BaseException as error:
-            if ctx.flight is not None:
-                self._path.recall([ctx.flight])
-            if self._watchdog.gave_up and not self._shutdown.recovers:
-                raise ExchangeError(self._watchdog.gave_up) from error
-            raise  # elastic training recovers from Horovod's own error alone
-        finally:
-            for context in arrived:
-                self._forget(context)
-        sent, received = self._carrier.bytes_beside(reduced, len(arrived))
-        self.traffic.overhead_sent_bytes += sent
-        self.traffic.overhead_received_bytes += received
-        self.traffic.steps = max(self.traffic.steps, flight.tensor.header.step)
-
-    def _forget(self, context: Context) -> None:
-        """It is not under way any more; what is there holds the gradient alive."""
-        self._under_way.pop(context.name, None)
-        self._places.leave(context.place)
-        self._watchdog.received(context.name)
-
-    def _receive_batch(self, flight: Flight) -> list[Context]:
-        """Receive all that it arrived with, where that can be; returns what it was."""
-        if (
-            not isinstance(self._carrier, GatheredExchange)
-            or self._path.scaling.is_used
-        ):
-            return []
-        arrival = self._carrier.arrive(flight.handle)
-        contexts = [c for n in arrival.names if (c := self._under_way.get(n))]
-        if len(contexts) != len(arrival.names):  # some were received alone
-            return []
-        if any(context.place.changed for context in contexts):
-            return []
-        results = [self._places.result(context.place) for context in contexts]
-        if not all(result.is_contiguous() for result in results):
-            return []
-        flights = [context.sent for context in contexts]
-        self._path.hand_back(flights, [viewed(result) for result in results])
-        self._path.settle(flights)
-        for context, result in zip(contexts, results, strict=True):
-            context.result = result
-        self._carrier.drop(arrival)
-        return contexts
-
-    def _receive_alone(self, ctx: Context, flight: Flight) -> None:
-        result = self._places.result(ctx.place)
-        if result.is_contiguous():
-            self._path.receive([flight], [viewed(result)])
-        else:
-            flat = torch.empty_like(result, memory_format=torch.contiguous_format)
-            self._path.receive([flight], [viewed(flat)])
-            result.copy_(flat)
-        ctx.result = result
-
-    def _receive_nothing(self, reduced: Tensor, ctx: Idle) -> Tensor:
-        if reduced.any():
-            raise ExchangeError(
-                f"{ctx.name}: is frozen on this rank (requires_grad is False), but "
-                "another sent its gradient"
-            )
-        wire_bytes = reduced.numel() * reduced.element_size()
-        self.traffic.overhead_sent_bytes += wire_bytes
-        self.traffic.overhead_received_bytes += wire_bytes
-        if ctx.frozen is not None:  # Horovod's zeros would move it, by momentum
-            ctx.frozen.grad = None
-        return ctx.gradient
-
-    def _receive_dense(self, reduced: Tensor, ctx: Context) -> None:
-        result = self._places.result(ctx.place)
-        self._forget(ctx)
-        known = self._path.plan.tensors.get(ctx.name)
-        if known is None:
-            raise forgotten(ctx.name)
-        if ctx.place.changed:
-            raise changed(ctx.name)
-        ctx.result = reduced if reduced is result else result.copy_(reduced)
-        self._look_for_overflow(ctx.result)
-        known.at_step(known.header.step + 1)
-        wire_bytes = reduced.numel() * reduced.element_size()
-        self.traffic.count(known, reduced.numel(), wire_bytes, wire_bytes)
-        self.traffic.steps = max(self.traffic.steps, known.header.step)
-
-    def _look_for_overflow(self, result: Tensor) -> None:
-        """Of what Horovod reduced: the optimizer's step will be skipped."""
-        if self._path.scaling.is_used:
-            values = result.coalesce().values() if result.is_sparse else result
-            self._path.scaling.look_at(values)
 
     def _found(self, op: Op) -> Op:
         if self.op is not None and op != self.op and self._carrier.size > 1:
@@ -704,9 +477,9 @@ class SparseCompressor:
                 time, or it is not complete.
         """
         with self._lock:
-            if self._under_way:
+            if under_way := self._step.under_way:
                 raise RuntimeError(
-                    f"{min(self._under_way)}: its exchange is under way: call "
+                    f"{min(under_way)}: its exchange is under way: call "
                     "optimizer.synchronize() before discard()"
                 )
             self._path.residuals.discard()
@@ -726,7 +499,7 @@ class SparseCompressor:
         """
         with self._lock:
             state = self._path.residuals.state_dict()
-            for context in self._waiting.values():
+            for context in self._step.waiting.values():
                 if not context.place.changed:
                     _add_waiting(state["tensors"][context.name], context)
             return as_tensors(state)
@@ -750,9 +523,9 @@ class SparseCompressor:
             optimizer = self._optimizer()
             if optimizer is None or not optimizer._handles:
                 return  # nobody will ask for it: the step was given up
-        if self._under_way:
+        if under_way := self._step.under_way:
             raise ValueError(
-                f"{min(self._under_way)}: its gradient is under way, so that no state "
+                f"{min(under_way)}: its gradient is under way, so that no state "
                 "can be loaded: call optimizer.synchronize() or optimizer.step() before"
             )
 
@@ -767,14 +540,9 @@ class SparseCompressor:
             self._path.residuals.adopt(on_host(state))
 
     def _forget_flights(self) -> None:
-        for context in self._under_way.values():
-            context.flight = None
-        self._under_way.clear()
-        self._waiting.clear()
-        self._places.clear()
+        self._step.forget()
         self._carrier.forget()
         self._planned = False  # routes depend on the number of ranks
-        self._watchdog.forget()
         self._shutdown.wait()
         self._watchdog.gave_up = ""
 

@@ -71,6 +71,11 @@ class Place:
     def _is_changed(self) -> bool:
         if self.parameter is not None and self.parameter.grad is not self.gradient:
             return True
+        return self.rewritten
+
+    @property
+    def rewritten(self) -> bool:
+        """Somebody wrote into the memory; where its result is, that too."""
         if self.memory._version == self._version:
             return False
         if self._sum is None:

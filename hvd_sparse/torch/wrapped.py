@@ -7,10 +7,12 @@ what a closure computes is exchanged before the optimizer sees it.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 
+from hvd_sparse.torch.exchanges import horovod
 from hvd_sparse.torch.names import ParameterNames
 
 Tensor = torch.Tensor
@@ -71,6 +73,25 @@ def _enlist(optimizer: Any, parameter: Tensor, names: ParameterNames) -> str:
     accumulator.register_hook(optimizer._make_hook(parameter))
     optimizer._grad_accs.append(accumulator)
     return name
+
+
+def release(optimizer: Any) -> None:
+    """A step of it has failed: wait for what is on its way, and let it go.
+
+    Otherwise it refuses `zero_grad()` and the next backward pass, and that would send
+    under names for which peers still wait. Does nothing for None.
+    """
+    if optimizer is None:
+        return
+    for handle, _ in list(optimizer._handles.values()):
+        with suppress(Exception):  # it failed as well, or was awaited before
+            handle() if callable(handle) else horovod().synchronize(handle)
+    optimizer._handles.clear()
+    optimizer._synchronized = False
+    for parameter in optimizer._allreduce_delay:
+        optimizer._allreduce_delay[parameter] = optimizer.backward_passes_per_step
+    for group in optimizer._group_counts:
+        optimizer._group_counts[group] = 0
 
 
 class Exchanged:

@@ -1,0 +1,161 @@
+"""The way back under Horovod, with the others of its batch where that can be.
+
+Where something fails the step does, on this rank and, unless it is this rank's memory
+or the like, on all others. Before that is raised all that is on its way is awaited: no
+rank may begin the next step while others still wait for something of this one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hvd_sparse.core.contracts import ExchangeError, Op
+from hvd_sparse.core.flight import Flight
+from hvd_sparse.core.path import GradientPath
+from hvd_sparse.torch.exchanges import EmbeddedExchange, GatheredExchange
+from hvd_sparse.torch.outbound import Outbound, changed
+from hvd_sparse.torch.states import viewed
+from hvd_sparse.torch.step import Context, Idle, Step, forgotten
+from hvd_sparse.torch.wrapped import release
+
+Tensor = torch.Tensor
+
+
+class Inbound:
+    """Of one compressor."""
+
+    def __init__(
+        self,
+        step: Step,
+        path: GradientPath,
+        carrier: EmbeddedExchange | GatheredExchange,
+        outbound: Outbound,
+        found: Callable[[Op], Op],
+    ) -> None:
+        """Join the parts. Args: found: what is told which op Horovod applies."""
+        self._step = step
+        self._path = path
+        self._carrier = carrier
+        self._outbound = outbound
+        self._found = found
+
+    def receive(self, reduced: Tensor, ctx: Context) -> None:
+        """The result of a gradient, and of others that came with it.
+
+        Args:
+            reduced: what Horovod made of what it was given.
+            ctx: the gradient's.
+
+        Raises:
+            BaseException: what failed; `fail` must follow.
+        """
+        self._outbound.flush()  # their batches lack a member
+        failure = self._step.failure
+        if failure is not None and failure.told:
+            raise failure.error
+        if not self._step.arriving:  # the first result of this step
+            self._step.places.settle()
+            self._step.arriving = True
+        if ctx.dense:
+            self._receive_dense(reduced, ctx)
+        else:
+            self._receive_sparse(reduced, ctx)
+
+    def fail(self, error: BaseException, optimizer: Any) -> None:
+        """End the step: what was sent is back once all that is on its way is there.
+
+        Args:
+            error: what ends it.
+            optimizer: Horovod's; None if it is not known.
+        """
+        self._step.fail(error)
+        try:
+            self._outbound.flush()
+        finally:
+            self.end(optimizer)
+
+    def end(self, optimizer: Any) -> None:
+        """Await what is on its way, of which nothing counts."""
+        try:
+            release(optimizer)
+            self._carrier.drain()
+        finally:
+            self._step.roll_back()
+
+    def _receive_sparse(self, reduced: Tensor, ctx: Context) -> None:
+        flight = ctx.sent
+        if ctx.place.changed:
+            raise changed(ctx.name)
+        self._path.plan.op = self._found(self._carrier.reduced(flight.handle, reduced))
+        arrived = self._receive_batch(flight) or self._receive_alone(ctx, flight)
+        sent, received = self._carrier.bytes_beside(reduced, arrived)
+        self._path.traffic.overhead_sent_bytes += sent
+        self._path.traffic.overhead_received_bytes += received
+
+    def _receive_batch(self, flight: Flight) -> int:
+        """Receive all that it arrived with, where that can be; returns how many."""
+        step = self._step
+        if (
+            not isinstance(self._carrier, GatheredExchange)
+            or self._path.scaling.is_used
+        ):
+            return 0
+        arrival = self._carrier.arrive(flight.handle)
+        contexts = [c for n in arrival.names if (c := step.under_way.get(n))]
+        if len(contexts) != len(arrival.names):  # some were received alone
+            return 0
+        if any(context.place.changed for context in contexts):
+            return 0
+        results = [step.places.result(context.place) for context in contexts]
+        if not all(result.is_contiguous() for result in results):
+            return 0
+        flights = [context.sent for context in contexts]
+        self._path.hand_back(flights, [viewed(result) for result in results])
+        for context, result in zip(contexts, results, strict=True):
+            step.arrive(context, result)
+        self._carrier.drop(arrival)
+        return len(contexts)
+
+    def _receive_alone(self, ctx: Context, flight: Flight) -> int:
+        result = self._step.places.result(ctx.place)
+        flat = result
+        if not result.is_contiguous():
+            flat = torch.empty_like(result, memory_format=torch.contiguous_format)
+        self._path.hand_back([flight], [viewed(flat)])
+        self._step.arrive(ctx, result if flat is result else result.copy_(flat))
+        return 1
+
+    def receive_nothing(self, reduced: Tensor, ctx: Idle) -> Tensor:
+        """The gradient of a parameter of which no rank has sent any, as it is."""
+        if reduced.any():
+            raise ExchangeError(
+                f"{ctx.name}: is frozen on this rank (requires_grad is False), but "
+                "another sent its gradient"
+            )
+        self._step.idle.pop(ctx.name, None)
+        wire_bytes = reduced.numel() * reduced.element_size()
+        self._path.traffic.overhead_sent_bytes += wire_bytes
+        self._path.traffic.overhead_received_bytes += wire_bytes
+        if ctx.frozen is not None:  # Horovod's zeros would move it, by momentum
+            ctx.frozen.grad = None
+        return ctx.gradient
+
+    def _receive_dense(self, reduced: Tensor, ctx: Context) -> None:
+        known = self._path.plan.tensors.get(ctx.name)
+        if known is None:
+            raise forgotten(ctx.name)
+        if ctx.place.changed:
+            raise changed(ctx.name)
+        result = self._step.places.result(ctx.place)
+        result = reduced if reduced is result else result.copy_(reduced)
+        self.look_for_overflow(result)
+        wire_bytes = reduced.numel() * reduced.element_size()
+        self._path.traffic.count(known, reduced.numel(), wire_bytes, wire_bytes)
+        self._step.arrive(ctx, result)
+
+    def look_for_overflow(self, result: Tensor) -> None:
+        """Of what Horovod reduced: the optimizer's step will be skipped."""
+        if self._path.scaling.is_used:
+            values = result.coalesce().values() if result.is_sparse else result
+            self._path.scaling.look_at(values)

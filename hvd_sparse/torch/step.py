@@ -1,0 +1,221 @@
+"""One step of an optimizer under Horovod: it counts as a whole, or not at all.
+
+Horovod gives gradients away one by one, and asks for their results one by one, in
+another order on every rank. So a rank may have received some of them when it learns
+that a peer has failed. What was sent counts when the last result is there; until then
+all of the step can be taken back, and is, on every rank.
+"""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hvd_sparse.core.contracts import ExchangeError
+from hvd_sparse.core.flight import Flight
+from hvd_sparse.core.path import GradientPath
+from hvd_sparse.torch.places import Place, Places
+from hvd_sparse.torch.states import viewed
+from hvd_sparse.watchdog import Watchdog
+
+Tensor = torch.Tensor
+
+
+@dataclass(slots=True)
+class Context:
+    """What decompress must know of a gradient that compress was given.
+
+    Attributes:
+        name: of its parameter.
+        place: where the gradient is.
+        dense: it is reduced by Horovod.
+        flight: None until it is on its way.
+        result: None until it is there.
+        taken: the residual that went with it, where it goes dense.
+        kept: it is in the residual and will not be sent in this step.
+        excused: its peers are told that this rank raised.
+    """
+
+    name: str
+    place: Place
+    dense: bool = False
+    flight: Flight | None = None
+    result: Tensor | None = None
+    taken: Any = None
+    kept: bool = False
+    excused: bool = False
+
+    @property
+    def sent(self) -> Flight:
+        """The flight of a gradient that is on its way."""
+        if self.flight is None:
+            raise forgotten(self.name)
+        return self.flight
+
+    @property
+    def array(self) -> Any:
+        """The gradient as the path sees it."""
+        return viewed(self.place.memory)
+
+
+@dataclass(slots=True)
+class Idle:
+    """In place of a Context: no rank sends anything of this parameter.
+
+    Attributes:
+        name: of the parameter.
+        gradient: stays as it is.
+        frozen: the parameter, if that is why; None before a closure.
+    """
+
+    name: str
+    gradient: Tensor
+    frozen: Tensor | None
+
+
+@dataclass(slots=True)
+class Failure:
+    """What this rank raises when its step has come to its end.
+
+    Attributes:
+        error: the first one.
+        told: peers learn of it in this step, which fails on every rank.
+    """
+
+    error: BaseException
+    told: bool = False
+
+
+def forgotten(name: str) -> ExchangeError:
+    """What to raise where the state is not that in which a gradient left."""
+    return ExchangeError(
+        f"{name}: is not on its way: a state was loaded between the backward pass and "
+        "the optimizer's step"
+    )
+
+
+class Step:
+    """The gradients of the step that is under way.
+
+    Attributes:
+        places: where they lie.
+        under_way: by name; there is no result yet.
+        waiting: those of them that wait for the last one of their batch.
+        idle: of parameters of which nothing is sent.
+        arrived: results are there, and may be taken back.
+        arriving: results are asked for.
+        failure: of this rank.
+    """
+
+    def __init__(self, path: GradientPath, watchdog: Watchdog) -> None:
+        """None yet."""
+        self.places = Places()
+        self._path = path
+        self._watchdog = watchdog
+        self._clear()
+
+    def _clear(self) -> None:
+        self.under_way: dict[str, Context] = {}
+        self.waiting: dict[str, Context] = {}
+        self.idle: dict[str, Idle] = {}
+        self.arrived: list[Context] = []
+        self.arriving = False
+        self.failure: Failure | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """The next gradient is the first one of a step."""
+        return not (self.under_way or self.idle or self.arrived)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether it was given, and its result has not been asked for."""
+        return name in self.under_way or name in self.idle
+
+    def fail(self, error: BaseException) -> Failure:
+        """From here on peers are told, in place of gradients; the first error counts.
+
+        Returns:
+            What this rank will raise.
+        """
+        if self.failure is None:
+            self.failure = Failure(error)
+        return self.failure
+
+    def keep(self, context: Context) -> None:
+        """What is right of a gradient that will not be sent goes with the next step."""
+        if context.kept or context.flight is not None or context.place.rewritten:
+            return
+        context.kept = True
+        with suppress(Exception):  # it is refused, which is what failed
+            self._path.keep(context.name, context.array)
+
+    # ------------------------------------------------------------------------ its end
+
+    def arrive(self, context: Context, result: Tensor) -> None:
+        """It counts when all others have arrived as well."""
+        context.result = result
+        self.arrived.append(context)
+        self._leave(context)
+
+    def settle(self) -> BaseException | None:
+        """If all is there it can not be taken back any more.
+
+        Returns:
+            What this rank raises all the same; its peers do not.
+        """
+        if self.under_way or self.idle:
+            return None
+        traffic = self._path.traffic
+        for context in self.arrived:
+            tensor = self._path.plan.tensors[context.name]
+            if context.flight is not None:
+                context.flight.settle()
+            else:
+                tensor.at_step(tensor.header.step + 1)
+            traffic.steps = max(traffic.steps, tensor.header.step)
+        failure = self.failure
+        self._clear()
+        return None if failure is None else failure.error
+
+    def roll_back(self) -> None:
+        """Nothing of it counts: what was sent is back in the residuals."""
+        contexts = [*self.arrived, *self.under_way.values()]
+        waiting = list(self.waiting.values())
+        for context in list(self.under_way.values()):
+            self._leave(context)
+        self._path.recall([c.flight for c in contexts if c.flight is not None])
+        for context in waiting:
+            self.keep(context)
+        for context in contexts:
+            if context.taken is not None:
+                self._path.memory.residuals.setdefault(context.name, context.taken)
+        self._clear()
+
+    def give_up(self, name: str, gradient: Tensor) -> None:
+        """The step of an earlier gradient, whose result was never asked for."""
+        self.idle.pop(name, None)
+        context = self.under_way.get(name)
+        if context is None:
+            return
+        self.failure = None
+        self._leave(context)
+        if self.waiting.pop(name, None) is None:
+            self._path.recall([context.flight] if context.flight else [])
+        elif not np.may_share_memory(context.array, viewed(gradient)):
+            self._path.keep(name, context.array)
+
+    def forget(self) -> None:
+        """What is under way belongs to another state."""
+        for context in self.under_way.values():
+            context.flight = None
+        self.places.clear()
+        self._watchdog.forget()
+        self._clear()
+
+    def _leave(self, context: Context) -> None:
+        """It is not under way any more; what is there holds the gradient alive."""
+        self.under_way.pop(context.name, None)
+        self.places.leave(context.place)
+        self._watchdog.received(context.name)
