@@ -121,7 +121,7 @@ def compact(
 
 
 def buffers(residual: Array, size: int, limit: int) -> tuple[Array, Array]:
-    """Of a size for the candidates among so many elements, and a block beyond."""
+    """Room for the candidates among so many elements, and for a block beyond them."""
     room = min(size, 2 * limit + SPARE) + LANES
     empty = reserve if room > size else np.empty  # for all, of which few turn up
     return empty(room, np.int32), empty(room, residual.dtype)
