@@ -296,7 +296,7 @@ def runs(
                 dtype = {"paper": "float64", "wire": "float32"}[name]
                 cat = ExactCAT(scheme, priced(format), most=MOST)
                 run = train(whole, cat, workers, dtype, limit, keep)
-                message = Message(cat.values, "float32", d)
+                message = Message(cat.made_for, "float32", d)
                 spent[name] = run, run.spent(priced(format), message)
             yield row(method, cost, workers, spent, None)
 

@@ -142,7 +142,7 @@ class CAT(Selecting):
             raise ValueError(f"change must be more than 1, got {self.change}")
 
     @property
-    def values(self) -> Format:
+    def made_for(self) -> Format:
         """How those of the scheme travel; its descent and the cost depend on it."""
         return format_of(self.scheme)
 
@@ -304,5 +304,5 @@ class Choice(Selecting):
         n = residual.shape[0]
         dtype = "float64" if residual.dtype.itemsize == 8 else "float32"
         least, most = self.bounds(n, k)
-        message = Message(self.cat.values, dtype, n)
+        message = Message(self.cat.made_for, dtype, n)
         return self.cat.best(levels, message, least, most)

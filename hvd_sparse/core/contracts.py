@@ -140,11 +140,11 @@ class Formatted(Protocol):
     """A sparsifier that is made for one way in which values travel.
 
     Attributes:
-        values: which; `values=` of an integration may say nothing else.
+        made_for: which; `values=` of an integration may say nothing else.
     """
 
     @property
-    def values(self) -> "Format": ...  # noqa: D102  # see above
+    def made_for(self) -> "Format": ...  # noqa: D102  # see above
 
 
 class Request(NamedTuple):

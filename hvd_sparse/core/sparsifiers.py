@@ -62,12 +62,12 @@ def format_of(sparsifier: Sparsifier, values: Format | None = None) -> Format:
     """
     if not isinstance(sparsifier, Formatted):
         return Float32() if values is None else values
-    if values not in (None, sparsifier.values):
+    own = sparsifier.made_for
+    if values not in (None, own):
         raise ValueError(
-            f"values must be {sparsifier.values!r}, which {sparsifier!r} is made for, "
-            f"got {values!r}"
+            f"values must be {own!r}, which {sparsifier!r} is made for, got {values!r}"
         )
-    return sparsifier.values
+    return own
 
 
 def proved(kind: type[_Kind]) -> type[_Kind]:
@@ -181,7 +181,7 @@ class SignTopK(TopK):
         SignTopK(density=0.01)
     """
 
-    values: ClassVar = Sign()
+    made_for: ClassVar = Sign()
 
     def descent(self, levels: Levels, sizes: Array) -> Array:
         """What so many elements are sure to gain, but for a factor they share.
@@ -208,7 +208,7 @@ class SignsUntilNorm(Selecting):
     may be sent than the rule asks for, as many as may. `SignTopK.alistarh()` makes one.
     """
 
-    values: ClassVar = Sign()
+    made_for: ClassVar = Sign()
     clears: ClassVar = True
 
     def choose(self, asked: Request) -> Selection:

@@ -51,7 +51,7 @@ class Stochastic(Selecting):
     expected_density: float = 0.001
     seed: int = 0
 
-    values: ClassVar = Float32()  # rounded, what is sent would not be c on average
+    made_for: ClassVar = Float32()  # rounded, what is sent would not be c on average
     clears: ClassVar = False
 
     def __post_init__(self) -> None:
