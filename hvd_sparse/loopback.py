@@ -33,6 +33,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from hvd_sparse.core.contracts import ExchangeError
+from hvd_sparse.core.interrupts import Uninterrupted
 from hvd_sparse.transport.loopback import Job, LoopbackCommunicator
 
 Result = TypeVar("Result")
@@ -88,9 +89,10 @@ def _run_to_end(threads: list[threading.Thread], job: Job) -> None:
     """Also after Ctrl-C, which ends the waits of all ranks."""
     started = []
     try:
-        for thread in threads:
-            thread.start()
-            started.append(thread)
+        with Uninterrupted():  # or a thread that has just started may not be known
+            for thread in threads:
+                thread.start()
+                started.append(thread)
         for thread in started:
             thread.join()
     except BaseException as error:
