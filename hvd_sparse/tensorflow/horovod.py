@@ -19,13 +19,12 @@ by anybody, so that TensorFlow prunes it: it costs nothing.
 """
 
 import gc
-import operator
 import os
 import re
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -48,6 +47,8 @@ from hvd_sparse.tensorflow.horovod_frames import (
     optimizer_in_the_making,
 )
 from hvd_sparse.tensorflow.names import VariableNames, collective
+from hvd_sparse.tensorflow.nodes import FLOATING, floating, places_of, python_node
+from hvd_sparse.tensorflow.sources import Sources
 from hvd_sparse.tensorflow.states import as_tensors, complete
 from hvd_sparse.tensorflow.step import Flights, Step
 from hvd_sparse.watchdog import Watchdog
@@ -57,7 +58,6 @@ Tensor = Any  # tf.Tensor: TensorFlow has no types
 
 _UNKNOWN = -1  # in place of the number of a name
 _SOURCES = "_hvd_sparse_sources"  # of a graph
-_FLOATING = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 
 
 def _horovod() -> Any:
@@ -88,42 +88,6 @@ def _refuse_keras_3() -> None:
             "plain MPI (hvd_sparse.tensorflow.DistributedOptimizer), or Keras 2 "
             "(pip install tf_keras, TF_USE_LEGACY_KERAS=1)"
         )
-
-
-class Sources:
-    """The variables whose gradients leave together, in one graph, which keeps this.
-
-    Attributes:
-        of: references to the compressor, the optimizer's scope, and the variables, as
-            the graph was traced with them. Horovod's graphs live for ever; models need
-            not.
-        numbers: (n,) int64, of the graph: which they are when it runs.
-        count: of variables.
-        dense: places of those that go dense.
-        step: what runs, where all leave together.
-        payloads: by place: what this rank sends, where all leave together.
-        results: by place: what arrives, once all of it is there; None where each
-            leaves by itself.
-    """
-
-    def __init__(self, *of: Any) -> None:
-        """Nothing goes dense yet."""
-        self.of = tuple(map(_reference, of))
-        self.numbers: Tensor = None
-        self.count = len(of) - 2
-        self.dense: list[int] = []
-        self.step: Step | None = None
-        self.payloads: dict[int, Tensor] = {}
-        self.results: dict[int, Tensor] | None = None
-
-    def are(self, *of: Any) -> bool:
-        """Whether it is of these very objects."""
-        held = [reference() for reference in self.of]
-        return len(of) == len(held) and all(map(operator.is_, held, of))
-
-
-def _reference(held: Any) -> Any:
-    return (lambda: held) if isinstance(held, str) else weakref.ref(held)
 
 
 class Context(NamedTuple):
@@ -251,7 +215,7 @@ class SparseCompressor:
         _check_loss_scale(call)
         if call.optimizer is not None:
             self._adviser.step(call.optimizer, self._exchange.rank, stacklevel=2)
-        if tensor.dtype not in _FLOATING:
+        if tensor.dtype not in FLOATING:
             return tensor, None
         name, number, sources = self._identity(tensor, call)
         if sources is not None and sources.results is not None:
@@ -284,7 +248,7 @@ class SparseCompressor:
         """Build the sending of one gradient, and the exchange."""
         unknown = not tensor.shape.is_fully_defined()
         send = partial(self._send, step, unknown)
-        payload = _python(send, [number, tensor], tf.uint8, [None])
+        payload = python_node(send, [number, tensor], tf.uint8, [None])
         gathered = _horovod().allgather(
             payload,
             name=f"HorovodAllgather.{self._prefix}.{collective(name)}",
@@ -314,7 +278,7 @@ class SparseCompressor:
         self, step: Step, number: Tensor, gathered: Tensor, like: Tensor
     ) -> Tensor:
         receive = partial(self._receive_alone, step)
-        return _python(receive, [number, gathered], like.dtype, like.shape)
+        return python_node(receive, [number, gathered], like.dtype, like.shape)
 
     def _leave_together(
         self, sources: Sources, names: Sequence[str], gradients: Sequence[Tensor]
@@ -323,7 +287,7 @@ class SparseCompressor:
         step = sources.step = self._step({})
         gathered: dict[int, Tensor] = {}
         sources.results = {}
-        for place, gradient in _floating(gradients):
+        for place, gradient in floating(gradients):
             if self._goes_dense(names[place], gradient):
                 sources.dense.append(place)
                 continue
@@ -333,7 +297,7 @@ class SparseCompressor:
         if gathered:
             numbers = tf.gather(sources.numbers, list(gathered))
             likes = [gradients[place] for place in gathered]
-            results = _python(
+            results = python_node(
                 partial(self._receive, step),
                 [numbers, *gathered.values()],
                 [like.dtype for like in likes],
@@ -350,11 +314,11 @@ class SparseCompressor:
             return self._step({})
         if self._eager is None or not self._eager.awaits(name):
             scope = self._scope(call.optimizer)
-            names = self._names.see(call.variables, scope, _places(call.gradients))
+            names = self._names.see(call.variables, scope, places_of(call.gradients))
             self._eager = self._step(
                 {
                     names[place]: gradient.numpy
-                    for place, gradient in _floating(call.gradients)
+                    for place, gradient in floating(call.gradients)
                     if not self._goes_dense(names[place], gradient)
                 }
             )
@@ -377,7 +341,7 @@ class SparseCompressor:
                 return self._identified(sources, description)
             except BaseException as error:
                 sources.step.fail(error)
-                return np.full(sources.count, _UNKNOWN, np.int64)
+                return np.full(len(sources.gradients), _UNKNOWN, np.int64)
 
     def _identified(self, sources: Sources, description: Any) -> Array:
         self._forget()
@@ -431,7 +395,7 @@ class SparseCompressor:
                 return name, tf.constant(self._number(name), tf.int64), None
             place = _place(tensor, call)
             scope = self._scope(call.optimizer)
-            names = self._names.see(call.variables, scope, _places(call.gradients))
+            names = self._names.see(call.variables, scope, places_of(call.gradients))
             if hasattr(tensor, "numpy"):  # functions run eagerly: nothing is traced
                 self._forget()
                 number = tf.constant(self._number(names[place]), tf.int64)
@@ -449,13 +413,13 @@ class SparseCompressor:
         known: list[Sources] = getattr(graph, _SOURCES)
         of = (self, sys.intern(scope), *variables)
         for sources in known:
-            if sources.are(*of):
+            if sources.are(of, gradients):
                 return sources
-        sources = Sources(*of)
+        sources = Sources(of, gradients)
         with graph.as_default(), tf.control_dependencies(None):
             description = self._names.describe(variables, scope)
             identify = partial(self._identify, sources)
-            sources.numbers = _python(identify, [description], tf.int64, [None])
+            sources.numbers = python_node(identify, [description], tf.int64, [None])
         if self._always_exchanges(graph, gradients):
             with graph.as_default():
                 self._leave_together(sources, names, gradients)
@@ -467,7 +431,7 @@ class SparseCompressor:
         group = self._group()
         if os.environ.get("HOROVOD_ELASTIC") == "1" or not group.included():
             return False
-        found = [gradient for _, gradient in _floating(gradients)]
+        found = [gradient for _, gradient in floating(gradients)]
         return int(group.size()) > 1 and all(g.graph is graph for g in found)
 
     def _goes_dense(self, name: str, tensor: Tensor) -> bool:
@@ -613,18 +577,6 @@ class SparseCompressor:
             self._watchdog.forget()
 
 
-def _python(function: Any, inputs: list[Tensor], dtype: Any, shape: Any) -> Tensor:
-    """A Python function on host memory as a node of the graph."""
-    with tf.device("/cpu:0"):
-        result = tf.numpy_function(function, inputs, dtype, stateful=True)
-    if isinstance(dtype, list):  # several results, of a graph
-        for each, its_shape in zip(result, shape, strict=True):
-            each.set_shape(its_shape)
-    elif not hasattr(result, "numpy"):
-        result.set_shape(shape)
-    return result
-
-
 def _check_loss_scale(call: Call) -> None:
     """Residuals are in units of it; and a skipped step would not be noticed here."""
     for optimizer in (call.loss_scale, call.optimizer):
@@ -639,19 +591,6 @@ def _check_loss_scale(call: Call) -> None:
 
 def _place(gradient: Tensor, call: Call) -> int:
     return next(p for p, other in enumerate(call.gradients) if other is gradient)
-
-
-def _floating(gradients: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """Those that are compressed, each with its place."""
-    for place, gradient in enumerate(gradients):
-        if isinstance(gradient, tf.Tensor) and gradient.dtype in _FLOATING:
-            yield place, gradient
-
-
-def _places(gradients: Sequence[Tensor]) -> list[int]:
-    """Among those that are compressed: by these version 0.1.0 knew them."""
-    taken = [place for place, _ in _floating(gradients)]
-    return [taken.index(p) if p in taken else -1 for p in range(len(gradients))]
 
 
 def _end(ours: "weakref.ref[SparseCompressor]", identity: int) -> None:
