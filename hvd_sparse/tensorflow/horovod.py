@@ -19,12 +19,13 @@ by anybody, so that TensorFlow prunes it: it costs nothing.
 """
 
 import gc
-import operator
+import os
 import re
 import sys
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,36 +34,32 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from hvd_sparse.advice import Adviser
-from hvd_sparse.core.contracts import (
-    Average,
-    ExchangeError,
-    Op,
-    PayloadError,
-    Sparsifier,
-)
-from hvd_sparse.core.flight import Flight
+from hvd_sparse.core.contracts import Average, Op, Sparsifier
 from hvd_sparse.core.formats import Values
 from hvd_sparse.core.path import GradientPath
-from hvd_sparse.core.payload import padded_bytes, split
 from hvd_sparse.core.plan import Tensor as Admitted
 from hvd_sparse.core.routing import Dense, WhenCheaper
+from hvd_sparse.core.sparsifiers import fixed_density
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.tensorflow.advice import advise
-from hvd_sparse.tensorflow.buffers import Buffers
+from hvd_sparse.tensorflow.gathers import GraphExchange
 from hvd_sparse.tensorflow.horovod_frames import (
     Call,
     call_of,
     optimizer_in_the_making,
 )
 from hvd_sparse.tensorflow.names import VariableNames, collective
+from hvd_sparse.tensorflow.nodes import FLOATING, floating, places_of, python_node
+from hvd_sparse.tensorflow.sources import Sources
 from hvd_sparse.tensorflow.states import as_tensors, complete
+from hvd_sparse.tensorflow.step import Flights, Step
 from hvd_sparse.watchdog import Watchdog
 
 Array = npt.NDArray[Any]
 Tensor = Any  # tf.Tensor: TensorFlow has no types
 
+_UNKNOWN = -1  # in place of the number of a name
 _SOURCES = "_hvd_sparse_sources"  # of a graph
-_FLOATING = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 
 
 def _horovod() -> Any:
@@ -95,45 +92,26 @@ def _refuse_keras_3() -> None:
         )
 
 
-class Sources:
-    """The variables whose gradients leave together, in one graph, which keeps this.
-
-    Attributes:
-        of: references to the compressor, the optimizer's scope, and the variables, as
-            the graph was traced with them. Horovod's graphs live for ever; models need
-            not.
-        numbers: (n,) int64, of the graph: which they are when it runs.
-        dense: places of those that go dense.
-    """
-
-    def __init__(self, *of: Any) -> None:
-        """Nothing goes dense yet."""
-        self.of = tuple(map(_reference, of))
-        self.numbers: Tensor = None
-        self.dense: list[int] = []
-
-    def are(self, *of: Any) -> bool:
-        """Whether it is of these very objects."""
-        held = [reference() for reference in self.of]
-        return len(of) == len(held) and all(map(operator.is_, held, of))
-
-
-def _reference(held: Any) -> Any:
-    return (lambda: held) if isinstance(held, str) else weakref.ref(held)
-
-
 class Context(NamedTuple):
-    """What decompress must know of a gradient that compress sent.
+    """What decompress must know of a gradient that compress was given.
 
     Attributes:
-        number: () int64, of the graph: of its name.
-        gathered: the payloads of all ranks.
-        gradient: for its shape and dtype.
+        result: of the graph: what arrived for it, where it left together with others.
+        receive: builds the receiving, where it left by itself.
     """
 
-    number: Tensor
-    gathered: Tensor
-    gradient: Tensor
+    result: Tensor = None
+    receive: Any = None
+
+
+class After(NamedTuple):
+    """In place of a Context: the gradient goes dense, and may fail with the others.
+
+    Attributes:
+        sources: of the step.
+    """
+
+    sources: Sources
 
 
 class SparseCompressor:
@@ -185,8 +163,8 @@ class SparseCompressor:
         _refuse_keras_3()
         hvd = _horovod()
         self._process_set = process_set
-        padded = getattr(sparsifier, "density", None) is None
-        self._exchange = _GraphExchange(self._group, padded=padded)
+        padded = fixed_density(sparsifier) is None
+        self._exchange = GraphExchange(self._group, padded=padded)
         self._path = GradientPath(
             sparsifier,
             self._exchange,
@@ -196,8 +174,6 @@ class SparseCompressor:
             undo=undo,
         )
         self._prefix = prefix
-        self._flights: dict[str, Flight] = {}
-        self._outs = Buffers()
         self._dense: dict[str, Admitted] = {}  # what Horovod reduces without us
         self._names = VariableNames()
         self._numbered: dict[str, int] = {}  # what graphs carry in place of names
@@ -214,6 +190,8 @@ class SparseCompressor:
             waiting=hvd.is_initialized,
         )
         weakref.finalize(self, self._watchdog.stop)
+        self._flights = Flights(self._path, self._exchange, self._watchdog)
+        self._eager: Step | None = None  # the one that runs without a graph
 
     def __repr__(self) -> str:
         """What was chosen."""
@@ -235,7 +213,7 @@ class SparseCompressor:
     # ------------------------------------------------------- traced, called by Horovod
 
     @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
-    def compress(self, tensor: Tensor) -> tuple[Tensor, Context | None]:
+    def compress(self, tensor: Tensor) -> tuple[Tensor, Context | After | None]:
         """Build the sending of a gradient; returns what Horovod is to reduce.
 
         Raises:
@@ -247,92 +225,162 @@ class SparseCompressor:
         _check_loss_scale(call)
         if call.optimizer is not None:
             self._adviser.step(call.optimizer, self._exchange.rank, stacklevel=2)
-        if tensor.dtype not in _FLOATING:
+        if tensor.dtype not in FLOATING:
             return tensor, None
         name, number, sources = self._identity(tensor, call)
-        unknown = not tensor.shape.is_fully_defined()
-        if unknown:
-            # as sparse_as_dense makes them: the running graph knows, when it is too
-            # late to choose Horovod's own allreduce
-            self._path.plan.always_sparse.add(name)
-        elif (admitted := self._admit(name, tensor)).dense:
-            self._goes_dense(admitted, sources, tensor, call)
+        if sources is not None and sources.results is not None:
+            return self._join(sources, tensor, _place(tensor, call))
+        if self._goes_dense(name, tensor):
+            if sources is not None:
+                sources.dense.append(_place(tensor, call))
             return tensor, None
-        send = partial(self._send, unknown)
-        payload = _python(send, [number, tensor], tf.uint8, [None])
+        step = (
+            self._lone_step(name, tensor, call) if sources is None else self._step({})
+        )
+        payload, gathered = self._gather(step, number, name, tensor)
+        receive = partial(self._receive_one, step, number, gathered, tensor)
+        # depends on data, or it would be computed once and for all; used by nobody
+        return tf.cast(payload[:1], tf.float32), Context(receive=receive)
+
+    def _join(
+        self, sources: Sources, tensor: Tensor, place: int
+    ) -> tuple[Tensor, Context | After]:
+        """A gradient of those that leave together, which is built already."""
+        assert sources.results is not None
+        if place not in sources.results:
+            return tensor, After(sources)
+        dummy = tf.cast(sources.payloads[place][:1], tf.float32)
+        return dummy, Context(sources.results[place])
+
+    def _gather(
+        self, step: Step, number: Tensor, name: str, tensor: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Build the sending of one gradient, and the exchange."""
+        unknown = not tensor.shape.is_fully_defined()
+        send = partial(self._send, step, unknown)
+        payload = python_node(send, [number, tensor], tf.uint8, [None])
         gathered = _horovod().allgather(
             payload,
             name=f"HorovodAllgather.{self._prefix}.{collective(name)}",
             ignore_name_scope=True,
             process_set=self._group(),
         )
-        # depends on data, or it would be computed once and for all; used by nobody
-        return tf.cast(payload[:1], tf.float32), Context(number, gathered, tensor)
+        return payload, gathered
 
     @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
-    def decompress(self, tensor: Tensor, ctx: Context | None) -> Tensor:
+    def decompress(self, tensor: Tensor, ctx: Context | After | None) -> Tensor:
         """Build the receiving of the gradient that was sent.
 
         Raises:
-            ExchangeError: when the graph runs: a peer disagrees, or Horovod was shut
-                down. What was sent is back in the residual.
+            ExchangeError: when the graph runs: a peer disagrees, or raised, or Horovod
+                was shut down; or whatever this rank raised while it sent. What was sent
+                in this step is back in the residuals.
         """
         if ctx is None:
             return tensor
-        like = ctx.gradient
-        inputs = [ctx.number, ctx.gathered]
-        return _python(self._receive, inputs, like.dtype, like.shape)
+        if isinstance(ctx, After):
+            results = list((ctx.sources.results or {}).values())
+            with tf.control_dependencies([tf.identity(r) for r in results[:1]]):
+                return tf.identity(tensor)  # not before it is known that none failed
+        return ctx.receive() if ctx.result is None else ctx.result
+
+    def _receive_one(
+        self, step: Step, number: Tensor, gathered: Tensor, like: Tensor
+    ) -> Tensor:
+        receive = partial(self._receive_alone, step)
+        return python_node(receive, [number, gathered], like.dtype, like.shape)
+
+    def _leave_together(
+        self, sources: Sources, names: Sequence[str], gradients: Sequence[Tensor]
+    ) -> None:
+        """Build the exchange of a whole step: no result is there before all are."""
+        step = sources.step = self._step({})
+        gathered: dict[int, Tensor] = {}
+        sources.results = {}
+        for place, gradient in floating(gradients):
+            if self._goes_dense(names[place], gradient):
+                sources.dense.append(place)
+                continue
+            sources.payloads[place], gathered[place] = self._gather(
+                step, sources.numbers[place], names[place], gradient
+            )
+        if gathered:
+            numbers = tf.gather(sources.numbers, list(gathered))
+            likes = [gradients[place] for place in gathered]
+            results = python_node(
+                partial(self._receive, step),
+                [numbers, *gathered.values()],
+                [like.dtype for like in likes],
+                [like.shape for like in likes],
+            )
+            sources.results = dict(zip(gathered, results, strict=True))
+
+    def _step(self, gradients: Mapping[str, Any]) -> Step:
+        return Step(self._flights, gradients)
+
+    def _lone_step(self, name: str, tensor: Tensor, call: Call) -> Step:
+        """Of gradients that leave one after the other, or of one alone."""
+        if call.variables is None or not hasattr(tensor, "numpy"):
+            return self._step({})
+        if self._eager is None or not self._eager.awaits(name):
+            scope = self._scope(call.optimizer)
+            names = self._names.see(call.variables, scope, places_of(call.gradients))
+            self._eager = self._step(
+                {
+                    names[place]: gradient.numpy
+                    for place, gradient in floating(call.gradients)
+                    if not self._goes_dense(names[place], gradient)
+                }
+            )
+        return self._eager
 
     # ------------------------------------------------------------ run at every step
 
-    def _identify(self, dense: list[int], description: Any) -> Array:
+    def _identify(self, sources: Sources, description: Any) -> Array:
         """Which variables the graph runs with; before any of them is sent.
 
         Args:
-            dense: places of those that Horovod reduces itself.
+            sources: as the graph was traced with them.
             description: see `VariableNames.describe`.
         """
         with self._lock:
-            self._forget()
-            self._path.begin()
-            names = self._names.named(description)
-            for place in dense:
-                if (tensor := self._dense.get(names[place])) is not None:
-                    size = tensor.header.n * tensor.itemsize
-                    self.traffic.count(tensor, tensor.header.n, size, size)
-            return np.array([self._number(name) for name in names], np.int64)
+            if sources.step is None:
+                return self._identified(sources, description)
+            sources.step.begin()
+            try:
+                return self._identified(sources, description)
+            except BaseException as error:
+                sources.step.fail(error)
+                return np.full(len(sources.gradients), _UNKNOWN, np.int64)
 
-    def _send(self, unknown: bool, number: Any, gradient: Array) -> Array:
+    def _identified(self, sources: Sources, description: Any) -> Array:
+        self._forget()
+        self._path.begin()
+        names = self._names.named(description)
+        for place in sources.dense:
+            if (tensor := self._dense.get(names[place])) is not None:
+                size = tensor.header.n * tensor.itemsize
+                self.traffic.count(tensor, tensor.header.n, size, size)
+        return np.array([self._number(name) for name in names], np.int64)
+
+    def _send(self, step: Step, unknown: bool, number: Any, gradient: Array) -> Array:
         gradient = np.asarray(gradient)  # TensorFlow hands over a scalar as a number
         with self._lock:
+            if number == _UNKNOWN:
+                return step.excuse("", None)
             name = self._named(number)
             if unknown:
                 self._path.plan.always_sparse.add(name)
-            tensor = self._path.admit(name, gradient)
-            if tensor.in_flight:  # its result was never asked for
-                self._path.recall([self._flights[name]])
-            self._watchdog.sent(name, tensor.header.step)
-            [self._flights[name]] = self._path.send({name: gradient})
-            return self._exchange.outgoing(name)
+            return step.send(name, gradient)
 
-    def _receive(self, number: Any, gathered: Array) -> Array:
+    def _receive(self, step: Step, numbers: Any, *gathered: Array) -> list[Array]:
         with self._lock:
-            name = self._named(number)
-            flight = self._flights[name]
-            self._exchange.deliver(name, gathered)
-            out = self._outs.take(name, flight.tensor.shape, flight.tensor.array_dtype)
-            try:
-                self._path.receive([flight], [out])
-            except BaseException as error:
-                self._path.recall([flight])
-                self._watchdog.forget()  # the rest of the graph will not run
-                if self._watchdog.gave_up:
-                    raise ExchangeError(self._watchdog.gave_up) from error
-                raise
-            finally:
-                self._watchdog.received(name)
-            self.traffic.steps = max(self.traffic.steps, flight.tensor.header.step)
-            return out
+            names = [self._named(n) for n in numbers if n != _UNKNOWN]
+            return step.receive(names, gathered)
+
+    def _receive_alone(self, step: Step, number: Any, gathered: Array) -> Array:
+        with self._lock:
+            return step.receive([self._named(number)], [gathered])[0]
 
     # ----------------------------------------------------------------- whose it is
 
@@ -357,37 +405,61 @@ class SparseCompressor:
                 return name, tf.constant(self._number(name), tf.int64), None
             place = _place(tensor, call)
             scope = self._scope(call.optimizer)
-            names = self._names.see(call.variables, scope, _places(call.gradients))
+            names = self._names.see(call.variables, scope, places_of(call.gradients))
             if hasattr(tensor, "numpy"):  # functions run eagerly: nothing is traced
                 self._forget()
                 number = tf.constant(self._number(names[place]), tf.int64)
                 return names[place], number, None
-            sources = self._sources_of(tensor.graph, call.variables, scope)
+            sources = self._sources_of(tensor.graph, call, scope, names)
             return names[place], sources.numbers[place], sources
 
-    def _sources_of(self, graph: Any, variables: Sequence[Any], scope: str) -> Sources:
+    def _sources_of(
+        self, graph: Any, call: Call, scope: str, names: Sequence[str]
+    ) -> Sources:
         """Made once for all that leave together, outside of their branches."""
+        variables, gradients = call.variables or [], call.gradients
         if not hasattr(graph, _SOURCES):
             setattr(graph, _SOURCES, [])
         known: list[Sources] = getattr(graph, _SOURCES)
         of = (self, sys.intern(scope), *variables)
         for sources in known:
-            if sources.are(*of):
+            if sources.are(of, gradients):
                 return sources
-        sources = Sources(*of)
+        sources = Sources(of, gradients)
         with graph.as_default(), tf.control_dependencies(None):
             description = self._names.describe(variables, scope)
-            identify = partial(self._identify, sources.dense)
-            sources.numbers = _python(identify, [description], tf.int64, [None])
+            identify = partial(self._identify, sources)
+            sources.numbers = python_node(identify, [description], tf.int64, [None])
+        if self._always_exchanges(graph, gradients):
+            with graph.as_default():
+                self._leave_together(sources, names, gradients)
         known.append(sources)
         return sources
 
-    def _goes_dense(
-        self, admitted: Admitted, sources: Any, tensor: Tensor, call: Call
-    ) -> None:
-        self._dense[admitted.name] = admitted
-        if sources is not None:
-            sources.dense.append(_place(tensor, call))
+    def _always_exchanges(self, graph: Any, gradients: Sequence[Tensor]) -> bool:
+        """Whether a graph can do so at once: Horovod may decide when it runs."""
+        group = self._group()
+        if os.environ.get("HOROVOD_ELASTIC") == "1" or not group.included():
+            return False
+        found = [gradient for _, gradient in floating(gradients)]
+        return int(group.size()) > 1 and all(g.graph is graph for g in found)
+
+    def _goes_dense(self, name: str, tensor: Tensor) -> bool:
+        """Whether Horovod reduces it itself, as far as can be known while tracing."""
+        plan = self._path.plan
+        if not tensor.shape.is_fully_defined():
+            # as sparse_as_dense makes them: the running graph knows, when it is too
+            # late to choose Horovod's own allreduce
+            plan.always_sparse.add(name)
+            return False
+        like = np.broadcast_to(tensor.dtype.as_numpy_dtype(0), tuple(tensor.shape))
+        with self._lock, suppress(TypeError, ValueError):  # peers hear it when it runs
+            self._path.admit(name, like)  # which needs no memory
+        admitted = plan.tensors.get(name)
+        if admitted is None or not admitted.dense:
+            return False
+        self._dense[name] = admitted
+        return True
 
     def _number(self, name: str) -> int:
         if name not in self._numbered:
@@ -420,15 +492,8 @@ class SparseCompressor:
             if tensor is not None and tensor.in_flight:
                 continue
             self._path.residuals.forget(name)
-            self._outs.forget(name)
+            self._flights.forget(name)
             self._dense.pop(name, None)
-            self._flights.pop(name, None)
-
-    def _admit(self, name: str, tensor: Tensor) -> Admitted:
-        """Shape and dtype are checked while tracing, memory is not needed for that."""
-        like = np.broadcast_to(tensor.dtype.as_numpy_dtype(0), tuple(tensor.shape))
-        with self._lock:
-            return self._path.admit(name, like)
 
     def _check_call(self, call: Mapping[str, Any]) -> None:
         hvd = _horovod()
@@ -517,72 +582,9 @@ class SparseCompressor:
             residuals = self._path.residuals
             residuals.load_state_dict(complete(loaded, residuals.state_dict()))
             self._names.adopt(loaded)
-            self._flights.clear()
+            self._flights.by_name.clear()
+            self._eager = None
             self._watchdog.forget()
-
-
-class _GraphExchange:
-    """Holds payloads while the graph, which is not ours to run, gathers them."""
-
-    weight = 1
-    uneven = False
-
-    def __init__(self, group: Any, *, padded: bool) -> None:
-        self._group = group
-        self._padded = padded
-        self._sent: dict[str, Array] = {}
-        self._gathered: dict[str, Array] = {}
-
-    @property
-    def rank(self) -> int:
-        return int(self._group().rank())
-
-    @property
-    def size(self) -> int:
-        return int(self._group().size())
-
-    def start(self, name: str, payload: Array) -> str:
-        self._sent[name] = payload
-        return name
-
-    def outgoing(self, name: str) -> Array:
-        payload = self._sent[name]
-        missing = padded_bytes(payload.size) - payload.size if self._padded else 0
-        # a copy in any case: the path reuses the payload's memory
-        outgoing: Array = np.concatenate([payload, np.zeros(missing, np.uint8)])
-        return outgoing
-
-    def deliver(self, name: str, gathered: Array) -> None:
-        self._gathered[name] = gathered
-
-    def finish(self, handle: str) -> list[Array]:
-        gathered = _aligned(self._gathered.pop(handle))
-        payloads = split(gathered, padded=self._padded)
-        if len(payloads) != self.size:
-            raise PayloadError(f"{len(payloads)} payloads, expected {self.size}")
-        return payloads
-
-    def locate(self, handles: Sequence[str], sizes: Array) -> None:
-        """Each in a tensor of its own."""
-
-    def start_dense(self, name: str, gradient: Array) -> Any:
-        raise NotImplementedError("Horovod reduces dense tensors itself")
-
-    def finish_dense(self, handle: Any) -> tuple[Array, int]:
-        raise NotImplementedError("Horovod reduces dense tensors itself")
-
-
-def _aligned(buffer: Array) -> Array:
-    """At an address that is a multiple of 8."""
-    return buffer if buffer.ctypes.data % 8 == 0 else buffer.copy()
-
-
-def _python(function: Any, inputs: list[Tensor], dtype: Any, shape: Any) -> Tensor:
-    """A Python function on host memory as a node of the graph."""
-    with tf.device("/cpu:0"):
-        result = tf.numpy_function(function, inputs, dtype, stateful=True)
-    result.set_shape(shape) if not hasattr(result, "numpy") else None
-    return result
 
 
 def _check_loss_scale(call: Call) -> None:
@@ -599,16 +601,6 @@ def _check_loss_scale(call: Call) -> None:
 
 def _place(gradient: Tensor, call: Call) -> int:
     return next(p for p, other in enumerate(call.gradients) if other is gradient)
-
-
-def _places(gradients: Sequence[Tensor]) -> list[int]:
-    """Among those that are compressed: by these version 0.1.0 knew them."""
-    places, count = [], 0
-    for gradient in gradients:
-        taken = isinstance(gradient, tf.Tensor) and gradient.dtype in _FLOATING
-        places.append(count if taken else -1)
-        count += taken
-    return places
 
 
 def _end(ours: "weakref.ref[SparseCompressor]", identity: int) -> None:

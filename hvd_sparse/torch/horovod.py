@@ -37,6 +37,7 @@ from hvd_sparse.core.interrupts import Uninterrupted
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.scaling import scale_of
+from hvd_sparse.core.sparsifiers import fixed_density
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.kernels import host
 from hvd_sparse.torch import elastic
@@ -147,7 +148,7 @@ class SparseCompressor:
             raise TypeError(
                 f"exchange must be Gathered() or Embedded(), got {exchange!r}"
             )
-        fixed = getattr(sparsifier, "density", None) is not None
+        fixed = fixed_density(sparsifier) is not None
         if isinstance(exchange, Embedded) and not fixed:
             raise ValueError(
                 "exchange=Embedded() needs a k that is the same on every rank, such as "

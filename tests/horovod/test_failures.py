@@ -6,13 +6,13 @@ before the deadline; nothing is lost, no rank is a step ahead, and the next step
 
 import signal
 import time
-from dataclasses import dataclass
 
 import horovod.torch as hvd
 import numpy as np
 import pytest
 import torch
 from horovod.common.exceptions import HorovodInternalError
+from stages import DAMAGES, STAGES, Users, damage, without_memory
 from torch import nn
 
 from hvd_sparse import (
@@ -20,14 +20,10 @@ from hvd_sparse import (
     ExchangeError,
     Gathered,
     Never,
-    Selection,
     SignTopK,
     TopK,
     WhenCheaper,
 )
-from hvd_sparse.core import outbound
-from hvd_sparse.core.payload import Message
-from hvd_sparse.kernels import kernels_for
 from hvd_sparse.torch import exchanges
 from hvd_sparse.torch.horovod import SparseCompressor
 
@@ -47,118 +43,6 @@ def alike():
 
 def is_last():
     return hvd.rank() == hvd.size() - 1
-
-
-@dataclass(frozen=True)
-class Users:
-    """The largest of the first half, by a user who has never heard of a rollback."""
-
-    density: float = 0.05
-
-    def select(self, residual, gradient, k, step):
-        kernels = kernels_for(residual)
-        indices = np.arange(k, dtype=np.int32)
-        return Selection(*kernels.select_at(residual, gradient, indices))
-
-
-def once(monkeypatch, owner, name, error):
-    """From now on its first call raises, whoever calls; then all is as it was."""
-    original = getattr(owner, name)
-
-    def raising(*arguments, **options):
-        monkeypatch.setattr(owner, name, original)
-        raise error
-
-    monkeypatch.setattr(owner, name, raising)
-
-
-def refused(monkeypatch, compression):
-    """In the middle of others: it has another shape than in earlier steps."""
-    tensor = compression._path.tensors["0.bias"]
-    monkeypatch.setattr(tensor, "shape", (7,))
-
-
-def selected_badly(monkeypatch, compression):
-    def select(self, residual, gradient, k, step):
-        residual[:] = 7.0
-        monkeypatch.undo()
-        raise ZeroDivisionError("in select")
-
-    monkeypatch.setattr(Users, "select", select)
-
-
-def chosen_badly(monkeypatch, compression):
-    def select(self, residual, gradient, k, step):
-        monkeypatch.undo()
-        return Selection(np.full(k, 1 << 20, np.int32), gradient[:k].copy(), 0)
-
-    monkeypatch.setattr(Users, "select", select)
-
-
-def without_memory(monkeypatch, compression):
-    """For whichever comes first, one alone or many at once."""
-    error = MemoryError("no room to encode")
-    original = outbound.encode, Message.lay_out
-
-    def raising(*arguments, **options):
-        monkeypatch.setattr(outbound, "encode", original[0])
-        monkeypatch.setattr(Message, "lay_out", original[1])
-        raise error
-
-    monkeypatch.setattr(outbound, "encode", raising)
-    monkeypatch.setattr(Message, "lay_out", raising)
-
-
-def residual_raises(monkeypatch, compression):
-    memory = compression._path.memory
-    once(monkeypatch, memory, "residual", ZeroDivisionError("in residual"))
-
-
-def keep_raises(monkeypatch, compression):
-    memory = compression._path.memory
-    once(monkeypatch, memory, "keep", ZeroDivisionError("in keep"))
-
-
-def interrupted(monkeypatch, compression):
-    memory = compression._path.memory
-    once(monkeypatch, memory, "residual", KeyboardInterrupt("in residual"))
-
-
-def damaged(at, value):
-    def damage(monkeypatch, compression):
-        """On the wire, what this rank sends of one tensor."""
-        carrier = compression._carrier
-        start = carrier.start
-
-        def start_damaged(name, payload):
-            if name == "0.weight":
-                payload = payload.copy()
-                payload[at] ^= value
-            return start(name, payload)
-
-        monkeypatch.setattr(carrier, "start", start_damaged)
-
-    return damage
-
-
-LAST_INDEX = slice(-1, None)  # its most significant byte
-
-# the fault, the sparsifier, what the last rank raises, what the others are told
-STAGES = {
-    "admit": (refused, TopK(0.05), ValueError, "ValueError: 0.bias: gradient has sh"),
-    "select": (selected_badly, Users(), ZeroDivisionError, "ZeroDivisionError: in sel"),
-    "check": (chosen_badly, Users(), ValueError, "ValueError: .* indices"),
-    "memory": (residual_raises, TopK(0.05), ZeroDivisionError, "ZeroDivisionError: in"),
-    "user's memory": (residual_raises, Users(), ZeroDivisionError, "ZeroDivisionError"),
-    "keep": (keep_raises, SignTopK(0.05), ZeroDivisionError, "ZeroDivisionError: in k"),
-    "encode": (without_memory, TopK(0.05), MemoryError, "MemoryError: no room to enc"),
-    "user's encode": (without_memory, Users(), MemoryError, "MemoryError: no room to "),
-    "interrupt": (interrupted, TopK(0.05), KeyboardInterrupt, "KeyboardInterrupt: in"),
-}
-DAMAGES = {
-    "decode": (damaged(24, 255), "digest"),
-    "aggregate": (damaged(LAST_INDEX, 128), "indices must ascend"),
-}
 
 
 class Job:
@@ -255,11 +139,11 @@ def same(found, expected, *, rounded):
             assert torch.equal(found[name], residual), name
 
 
-def check(job, prepare, own, told, *, rounded):
+def check(job, prepare, own, told, *, refused=False, rounded=False):
     job.train(0)
     weights = job.weights
     before, expected = job.residuals, added(job.residuals, job.gradients(1))
-    if prepare is refused and is_last():
+    if refused and is_last():
         expected["0.bias"] = before["0.bias"]  # there is nothing that could be added
     with pytest.MonkeyPatch.context() as patch:
         if is_last():
@@ -291,24 +175,33 @@ def test_a_rank_that_raises_is_heard_by_all_and_nothing_is_lost(
     prepare, sparsifier, own, told = STAGES[stage]
     if carrier == Embedded():
         told = told[:5]  # a slot has no more room than the payload of its tensor
-    told = rf"^\S+: rank {hvd.size() - 1}: raised {told}"
-    rounded = isinstance(sparsifier, SignTopK)
-    check(Job(sparsifier, carrier), prepare, own, told, rounded=rounded)
+    check(
+        Job(sparsifier, carrier),
+        lambda patch, compression: prepare(patch, compression._path, "0.bias"),
+        own,
+        rf"^\S+: rank {hvd.size() - 1}: raised {told}",
+        refused=stage == "admit",
+        rounded=isinstance(sparsifier, SignTopK),
+    )
 
 
 @pytest.mark.ranks
 @pytest.mark.transport
 @together
 @pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("where", DAMAGES)
 def test_a_damaged_payload_fails_the_step_of_all_tensors(
-    damage, carrier, apart, monkeypatch
+    where, carrier, apart, monkeypatch
 ):
     if apart:
         monkeypatch.setattr(exchanges, "BATCH_BYTES", 1)
-    prepare, told = DAMAGES[damage]
+    at, bits, told = DAMAGES[where]
     told = rf"^0\.weight: (rank {hvd.size() - 1}: )?.*{told}"
-    check(Job(TopK(0.05), carrier), prepare, ExchangeError, told, rounded=False)
+
+    def prepare(patch, compression):
+        damage(patch, compression._carrier, "0.weight", at, bits)
+
+    check(Job(TopK(0.05), carrier), prepare, ExchangeError, told)
 
 
 @pytest.mark.ranks
@@ -316,7 +209,11 @@ def test_a_damaged_payload_fails_the_step_of_all_tensors(
 def test_a_step_with_dense_tensors_fails_whole(carrier):
     job = Job(TopK(0.05), carrier, WhenCheaper())
     told = rf"rank {hvd.size() - 1}: raised Mem"
-    check(job, without_memory, MemoryError, told, rounded=False)
+
+    def prepare(patch, compression):
+        without_memory(patch, compression._path, "")
+
+    check(job, prepare, MemoryError, told)
     routes = {tensor.route for tensor in job.compression.traffic.tensors.values()}
     assert routes == {"dense", "sparse"}
 

@@ -266,3 +266,29 @@ def test_logs_have_what_traffic_counted():
     traffic = compression.traffic
     assert history["compression_ratio"] == [pytest.approx(traffic.compression_ratio)]
     assert history["sent_bytes_per_step"] == [traffic.sent_bytes / STEPS]
+
+
+@pytest.mark.ranks
+def test_a_graph_may_make_several_steps_of_the_same_variables():
+    targets = [tf.random.stateless_normal([40], [hvd.rank(), i]) for i in range(2)]
+
+    def trained(steps_a_graph):
+        variables = [tf.Variable(tf.zeros(40)) for _ in targets]
+        compression = compressor(prefix=f"several{steps_a_graph}")
+
+        @tf.function
+        def steps():
+            for _ in range(steps_a_graph):
+                with tf.GradientTape() as tape:
+                    pairs = zip(variables, targets, strict=True)
+                    loss = sum(tf.reduce_sum((v - t) ** 2) for v, t in pairs)
+                tape = hvd.DistributedGradientTape(tape, compression=compression)
+                gradients = tape.gradient(loss, variables)
+                for variable, gradient in zip(variables, gradients, strict=True):
+                    variable.assign_sub(0.1 * gradient)
+
+        for _ in range(4 // steps_a_graph):
+            steps()
+        return np.stack([variable.numpy() for variable in variables])
+
+    np.testing.assert_array_equal(trained(2), trained(1))

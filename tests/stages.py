@@ -1,0 +1,139 @@
+"""A rank raises once, at each stage of a step in turn: what raises, and what is told.
+
+All take a MonkeyPatch, a path, and the name of the tensor that it happens to.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from hvd_sparse import Selection, SignTopK, TopK
+from hvd_sparse.core import outbound
+from hvd_sparse.core.path import GradientPath
+from hvd_sparse.core.payload import Message
+from hvd_sparse.kernels import kernels_for
+
+
+@dataclass(frozen=True)
+class Users:
+    """The first ones, by a user who has never heard of a rollback."""
+
+    density: float = 0.05
+
+    def select(self, residual: Any, gradient: Any, k: int, step: int) -> Selection:
+        indices = np.arange(k, dtype=np.int32)
+        return Selection(*kernels_for(residual).select_at(residual, gradient, indices))
+
+
+Prepare = Callable[[pytest.MonkeyPatch, GradientPath, str], None]
+
+
+def refused(patch: pytest.MonkeyPatch, path: GradientPath, name: str) -> None:
+    """As if it had another shape in earlier steps."""
+    patch.setattr(path.tensors[name], "shape", (7,))
+
+
+def selected_badly(patch: pytest.MonkeyPatch, path: GradientPath, name: str) -> None:
+    def select(self: Users, residual: Any, *others: Any) -> Selection:
+        patch.undo()
+        residual[:] = 7.0
+        raise ZeroDivisionError("in select")
+
+    patch.setattr(Users, "select", select)
+
+
+def chosen_badly(patch: pytest.MonkeyPatch, path: GradientPath, name: str) -> None:
+    def select(self: Users, residual: Any, gradient: Any, k: int, _: int) -> Selection:
+        patch.undo()
+        return Selection(np.full(k, 1 << 20, np.int32), gradient[:k].copy(), 0)
+
+    patch.setattr(Users, "select", select)
+
+
+def without_memory(patch: pytest.MonkeyPatch, path: GradientPath, name: str) -> None:
+    """To encode, one alone or many at once, whatever comes first."""
+
+    def encode(*arguments: Any) -> None:
+        patch.undo()
+        raise MemoryError("no room to encode")
+
+    patch.setattr(outbound, "encode", encode)
+    patch.setattr(Message, "lay_out", encode)
+
+
+def memory_raises(method: str, error: BaseException) -> Prepare:
+    """At the first call for that tensor."""
+
+    def prepare(patch: pytest.MonkeyPatch, path: GradientPath, name: str) -> None:
+        original = getattr(path.memory, method)
+
+        def raising(called: str, *others: Any) -> Any:
+            if called != name:
+                return original(called, *others)
+            patch.undo()
+            raise error
+
+        patch.setattr(path.memory, method, raising)
+
+    return prepare
+
+
+class Stage(NamedTuple):
+    """One row.
+
+    Attributes:
+        prepare: makes the next step fail.
+        sparsifier: that takes this way.
+        raised: on the rank where it happens.
+        told: to the others, as a regular expression.
+    """
+
+    prepare: Prepare
+    sparsifier: Any
+    raised: type[BaseException]
+    told: str
+
+
+def of_memory(method: str, sparsifier: Any, kind: type[BaseException]) -> Stage:
+    prepare = memory_raises(method, kind(f"in {method}"))
+    return Stage(prepare, sparsifier, kind, f"{kind.__name__}: in {method}")
+
+
+TOPK, ZERO = TopK(0.05), ZeroDivisionError
+NO_ROOM = "MemoryError: no room to encode"
+STAGES = {
+    "admit": Stage(refused, TOPK, ValueError, r"ValueError: \S+: gradient has shape"),
+    "select": Stage(selected_badly, Users(), ZERO, "ZeroDivisionError: in select"),
+    "check": Stage(chosen_badly, Users(), ValueError, "ValueError: .* indices"),
+    "memory": of_memory("residual", TOPK, ZERO),
+    "user's memory": of_memory("residual", Users(), ZERO),
+    "keep": of_memory("keep", SignTopK(0.05), ZERO),
+    "encode": Stage(without_memory, TOPK, MemoryError, NO_ROOM),
+    "user's encode": Stage(without_memory, Users(), MemoryError, NO_ROOM),
+    "interrupt": of_memory("residual", TOPK, KeyboardInterrupt),
+}
+
+
+def damage(
+    patch: pytest.MonkeyPatch, exchange: Any, name: str, at: int | slice, value: int
+) -> None:
+    """On the wire: bits of what this rank sends of one tensor."""
+    start = exchange.start
+
+    def start_damaged(started: str, payload: Any) -> Any:
+        if started == name:
+            payload = payload.copy()
+            payload[at] ^= value
+        return start(started, payload)
+
+    patch.setattr(exchange, "start", start_damaged)
+
+
+# where, which bits, what is said on every rank; float32 entries are not padded
+DAMAGES = {
+    "decode": (24, 255, "digest"),
+    "aggregate": (slice(-1, None), 128, "indices must ascend"),
+}
