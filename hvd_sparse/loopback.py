@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 
 from hvd_sparse.core.contracts import ExchangeError
 from hvd_sparse.core.interrupts import Uninterrupted
-from hvd_sparse.transport.loopback import Job, LoopbackCommunicator
+from hvd_sparse.transport.loopback import Job, LoopbackCommunicator, this_rank
 
 Result = TypeVar("Result")
 
@@ -66,6 +66,7 @@ def run(ranks: int, function: Callable[..., Result], *arguments: Any) -> list[Re
 
     def live(comm: LoopbackCommunicator) -> None:
         why = "has returned, and takes no part in it"
+        this_rank.set(comm)
         try:
             results[comm.rank] = function(comm, *arguments)
         except BaseException as error:

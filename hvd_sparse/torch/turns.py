@@ -7,6 +7,7 @@ of the optimizer that exchanged, or stepped, last. Nothing is kept, nor copied, 
 parameter that one optimizer alone holds.
 """
 
+import threading
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
@@ -15,8 +16,11 @@ import torch
 
 from hvd_sparse.torch.parameters import Parameters
 from hvd_sparse.torch.places import fingerprint
+from hvd_sparse.transport.loopback import this_rank
 
 Tensor = torch.Tensor
+
+_LOCK = threading.Lock()  # optimizers of a loopback are made in several threads
 
 
 class Turns:
@@ -33,11 +37,14 @@ class Turns:
         self.synchronized = False
         self._parameters = parameters
         self._turns: dict[Tensor, _Turn] = {}
-        Turns._all.add(self)
+        self._rank = this_rank.get()  # others, in other threads, have tensors in use
+        with _LOCK:
+            Turns._all.add(self)
 
     def close(self) -> None:
         """The optimizer exchanges no more."""
-        Turns._all.discard(self)
+        with _LOCK:
+            Turns._all.discard(self)
         self._turns.clear()
 
     def forget(self, parameter: Tensor) -> None:
@@ -102,7 +109,9 @@ class Turns:
                 turn.note(self, parameter)
 
     def _others(self) -> list["Turns"]:
-        return [turns for turns in Turns._all if turns is not self]
+        with _LOCK:
+            found = [turns for turns in Turns._all if turns is not self]
+        return [turns for turns in found if turns._rank is self._rank]
 
     def _turn(
         self, name: str, parameter: Tensor, others: list["Turns"]

@@ -7,6 +7,7 @@ of torch's optimizers. So that ranks find the same, they look at the same places
 same tensors: where the result, which is the same everywhere, is not 0.
 """
 
+import threading
 import warnings
 import weakref
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ from hvd_sparse.torch.states import viewed
 
 Tensor = torch.Tensor
 
+_LOCK = threading.Lock()  # optimizers of a loopback are made in several threads
 _LOOKED_AT = (1 << 10, 1 << 16)  # elements of a result, from its first on
 _PLACES = 4
 _TENSORS = 32
@@ -48,7 +50,8 @@ class Unused:
         """Nothing yet."""
         self._samples: list[_Sample] = []
         self._warned = False
-        Unused._all.add(self)
+        with _LOCK:
+            Unused._all.add(self)
         _watch_steps()
 
     def note(self, parameter: Tensor, result: Tensor) -> None:
@@ -121,7 +124,8 @@ def _watch_steps() -> None:
 def _after_any_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     """Whichever optimizer holds the parameters: it may be another's base."""
     del args, kwargs
-    pending = [unused for unused in Unused._all if unused._samples]
+    with _LOCK:
+        pending = [unused for unused in Unused._all if unused._samples]
     if not pending:
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}

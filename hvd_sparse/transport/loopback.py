@@ -5,6 +5,7 @@ gives up, or ends, leaves nothing behind that must be kept, and no process to ab
 """
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from threading import Condition
 from typing import Any
 
@@ -16,6 +17,10 @@ from hvd_sparse.core.contracts import Arrived, Communicator, ExchangeError
 Array = npt.NDArray[Any]
 
 _PAUSE_S = 0.05  # to look again, even if no peer has moved
+# whose thread this is; what a process knows of all its optimizers is told apart by it
+this_rank: ContextVar["LoopbackCommunicator | None"] = ContextVar(
+    "this_rank", default=None
+)
 Given = dict[int, Any]  # per rank, what it gave to a collective; complete when all did
 
 
