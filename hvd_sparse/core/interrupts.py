@@ -4,7 +4,9 @@ Python raises a KeyboardInterrupt wherever it happens to be; most often that is 
 kernel has just selected, and its result is in nobody's hands yet. So it is held back.
 """
 
-import signal
+# the functions that the module signal wraps: its wrappers look for an enum that a
+# handler might be, which takes 9 us each time, and a gradient under Horovod is one time
+import _signal  # type: ignore[import-not-found]  # typeshed has only signal
 import threading
 from types import FrameType
 from typing import Any
@@ -29,22 +31,22 @@ class Uninterrupted:
         """From here on."""
         if threading.current_thread() is not threading.main_thread():
             return
-        handler = signal.getsignal(signal.SIGINT)
+        handler = _signal.getsignal(_signal.SIGINT)
         nested = isinstance(getattr(handler, "__self__", None), Uninterrupted)
         if callable(handler) and not nested:
             self._handler = handler
-            signal.signal(signal.SIGINT, self._hold)
+            _signal.signal(_signal.SIGINT, self._hold)
 
     def __exit__(self, *error: object) -> None:
         """Up to here: raises what was held back."""
         handler, self._handler = self._handler, None
         if handler is None:
             return
-        signal.signal(signal.SIGINT, handler)
+        _signal.signal(_signal.SIGINT, handler)
         came, frame = self._came, self._frame
         self._came, self._frame = False, None
         if came:
-            handler(signal.SIGINT, frame)
+            handler(_signal.SIGINT, frame)
 
     def _hold(self, number: int, frame: FrameType | None) -> None:
         if self._came:
