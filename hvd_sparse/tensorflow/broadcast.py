@@ -20,7 +20,8 @@ def broadcast_variables(
         variables: tf.Variable or Keras variables; the same shapes and dtypes in the
             same order on every rank.
         root: the rank whose values all take.
-        comm: an mpi4py communicator; MPI.COMM_WORLD unless given.
+        comm: an mpi4py communicator, or one of hvd_sparse.loopback; MPI.COMM_WORLD
+            unless given.
         timeout_s: seconds to wait for peers without anything that arrives.
 
     Raises:

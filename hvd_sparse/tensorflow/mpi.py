@@ -92,7 +92,8 @@ class DistributedGradientTape:
         Args:
             tape: a tf.GradientTape; it can be used as before.
             sparsifier: TopK, RandomK, Threshold or your own; the same on every rank.
-            comm: an mpi4py communicator; MPI.COMM_WORLD unless given.
+            comm: an mpi4py communicator, or one of hvd_sparse.loopback; MPI.COMM_WORLD
+                unless given.
             op: hvd_sparse.Average over the ranks of comm, or hvd_sparse.Sum.
             dense: which tensors go dense: WhenCheaper() or Never().
             values: how values travel: Float32(), or Sign(), which takes half the bytes;
@@ -226,7 +227,8 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
     Args:
         optimizer: of Keras 2 (also legacy) or Keras 3.
         sparsifier: TopK, RandomK, Threshold or your own; the same on every rank.
-        comm: an mpi4py communicator; MPI.COMM_WORLD unless given.
+        comm: an mpi4py communicator, or one of hvd_sparse.loopback; MPI.COMM_WORLD
+            unless given.
         op: hvd_sparse.Average over the ranks of comm, or hvd_sparse.Sum.
         dense: which tensors go dense: WhenCheaper() or Never().
         values: how values travel: Float32(), or Sign(), which takes half the bytes;

@@ -57,7 +57,8 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
         named_parameters: model.named_parameters(), of the whole model, so that what
             add_param_group adds later has a name; names must be unique and cover what
             the optimizer holds. Without it parameters are named by their place.
-        comm: an mpi4py communicator; MPI.COMM_WORLD unless given.
+        comm: an mpi4py communicator, or one of hvd_sparse.loopback; MPI.COMM_WORLD
+            unless given.
         op: hvd_sparse.Average over the ranks of comm, or hvd_sparse.Sum.
         dense: which tensors go dense: WhenCheaper() or Never().
         values: how values travel: Float32(), or Sign(), which takes half the bytes;
