@@ -66,6 +66,7 @@ class MpiExchange:
 
     def _forget(self) -> None:
         self._buffers.clear()
+        self._payloads = self._buffers.payloads  # of the next step
         self._deadline.forget()
         self._protocol: protocol.Steps[None] | None = None
         self._what = ""
@@ -76,9 +77,8 @@ class MpiExchange:
     def start(self, name: str, payload: Array) -> int:
         """Add a payload to the step that begins with `open`."""
         del name
-        payloads = self._buffers.payloads
-        payloads.append(payload)
-        return len(payloads) - 1
+        self._payloads.append(payload)
+        return len(self._payloads) - 1
 
     def finish(self, handle: int) -> Sequence[Array]:
         """The payloads of all ranks, after `close_step`."""
@@ -116,7 +116,7 @@ class MpiExchange:
     ) -> protocol.Steps[None]:
         given = self._comm, self.step, rows, configuration, self._buffers
         yield from protocol.exchange(*given)
-        self.overhead_bytes = STEP_HEADER_BYTES + WORD * len(self._buffers.payloads)
+        self.overhead_bytes = STEP_HEADER_BYTES + WORD * len(self._payloads)
         self.step += 1
 
     def begin_broadcast(self, arrays: Sequence[Array], root: int, what: str) -> None:
