@@ -16,7 +16,7 @@ _CACHED = 1 << 16  # elements, below which another pass over a gradient costs li
 
 
 class Outbound:
-    """The first four stages of a path."""
+    """The first three stages of a path, and the start of the exchange."""
 
     def __init__(self, memory: Memory, exchange: Exchange, fused: Fused) -> None:
         """Args: fused: the stages of many small tensors at once."""

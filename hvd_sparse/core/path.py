@@ -94,7 +94,7 @@ class GradientPath:
         )
 
     def begin(self) -> None:
-        """A step begins; needed before its first `send` where gradients are scaled.
+        """A step begins; needed before its first `send` with a loss scale, or undo.
 
         Raises:
             ValueError: the scale changed by something else than a power of two.
@@ -122,22 +122,23 @@ class GradientPath:
     ) -> list[Flight]:
         """Accumulate, select, encode, and start the exchange.
 
-        If that fails once all gradients were admitted, each is in its residual.
+        If that fails once all gradients were admitted, each that goes sparse is in its
+        residual.
 
         Args:
             gradients: per name, the same on every rank and in every step, any shape;
                 float16, bfloat16, float32 or float64; read only.
-            in_place: names of which `receive` will be given the gradient as out,
-                untouched until then. So it may be all 0 meanwhile, which saves a pass
-                over its memory. It is all 0 after an error.
+            in_place: names whose results `receive` will write over the gradient, which
+                nobody looks at until then. Clearing it early saves a pass over its
+                memory. After an error it is all 0, unless it goes dense.
 
         Returns:
             Of each gradient, in this order, what `receive` must be given.
 
         Raises:
             TypeError: a gradient is not floating.
-            ValueError: its shape or dtype changed, it is too large, or a custom
-                sparsifier selected something else than asked.
+            ValueError: its shape or dtype changed, it is too large, it was not received
+                since, or a custom sparsifier selected something else than asked.
         """
         bucket = [(Flight(self.admit(n, g)), g) for n, g in gradients.items()]
         for flight, _ in bucket:

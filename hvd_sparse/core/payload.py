@@ -337,7 +337,8 @@ def _size_at(buffer: Bytes, start: int, rank: int) -> int:
             f"expected {_MAGIC!r} version {VERSION}"
         )
     if layout not in FORMATS:
-        raise PayloadError(f"rank {rank}: layout {layout}, expected 1 to 3")
+        known = f"{min(FORMATS)} to {max(FORMATS)}"
+        raise PayloadError(f"rank {rank}: layout {layout}, expected {known}")
     if flags == _RAISED:
         return _error_bytes(k)
     size: int = payload_bytes(FORMATS[layout], _DTYPE_OF.get(code, ""), k)

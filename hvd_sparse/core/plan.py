@@ -215,7 +215,7 @@ class Plan:
             grouped=plain and trusted and isinstance(sparsifier, Grouped),
             chosen=chosen,
         )
-        self._sign(tensor)
+        self._set_digest(tensor)
         self.tensors[name] = tensor
         return tensor
 
@@ -223,10 +223,10 @@ class Plan:
         """From now on gradients are multiplied with another one."""
         self.loss_scale = loss_scale
         for name, tensor in self.tensors.items():
-            self._sign(tensor)
+            self._set_digest(tensor)
             tensor.sparsifier = self._own(name)
 
-    def _sign(self, tensor: Tensor) -> None:
+    def _set_digest(self, tensor: Tensor) -> None:
         """64 bits that stand for all that ranks must have alike for this tensor."""
         k, layout = tensor.header.k, tensor.header.layout
         facts = (tensor.name, tensor.shape, tensor.dtype, k, layout, self.agreed)

@@ -11,8 +11,9 @@
 
 Horovod calls `compress` with a gradient, reduces what it returns, and calls
 `decompress` with the result. So `compress` sends the gradient on its path and returns
-two numbers for Horovod to reduce, and `decompress` receives it. From what became of the
-two numbers it learns the op, which Horovod does not tell. Most gradients wait until the
+two numbers for Horovod to reduce (with `Embedded()` the payload, of a gradient that
+goes dense itself), and `decompress` receives it. From what became of them it learns the
+op, which Horovod does not tell. Most gradients wait until the
 last one of their batch is there, and are then sent together.
 
 Until `synchronize()` or `step()` a gradient stays what the backward pass made it, and
