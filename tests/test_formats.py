@@ -19,7 +19,7 @@ from hvd_sparse import (
     Threshold,
     TopK,
 )
-from hvd_sparse.core.formats import FORMATS
+from hvd_sparse.core.formats import FORMATS, ValuesOnly
 from hvd_sparse.core.path import GradientPath
 
 RANKS = 3
@@ -103,6 +103,51 @@ def test_what_is_no_format_is_refused(values: Any) -> None:
         GradientPath(TopK(0.1), exchange, values=values)
 
 
+class Mixed(RandomK):
+    """Another one for some tensors, whose indices travel, or whose values are signs."""
+
+    def for_tensor(self, name: str) -> Any:
+        kinds = {"top": TopK(0.1), "signs": SignTopK(0.1)}
+        return kinds.get(name) or super().for_tensor(name)
+
+
+def test_a_tensor_goes_as_its_own_sparsifier_says() -> None:
+    ranks = Ranks(RANKS, Mixed(0.1))
+    alike = {"top": TopK(0.1), "signs": SignTopK(0.1), "w": RandomK(0.1)}
+    for name, sparsifier in alike.items():
+        given, alone = gradients("float32"), Ranks(RANKS, sparsifier)
+        for a, b in zip(ranks.step(given, name), alone.step(given, name), strict=True):
+            same_bits(a, b)
+        for a, b in zip(ranks.residuals(name), alone.residuals(name), strict=True):
+            same_bits(a, b)
+        mine, theirs = (r.paths[0].traffic.tensors[name] for r in (ranks, alone))
+        assert mine.sent_bytes == theirs.sent_bytes
+
+
+class Logged:
+    """Hands on what it has not to what is inside."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def select(self, *arguments: Any) -> Any:
+        self.calls += 1
+        return self.inner.select(*arguments)
+
+
+def test_what_is_handed_on_to_a_sparsifier_inside_is_seen() -> None:
+    ranks = Ranks(1, Logged(TopK(0.1)))
+    ranks.step(gradients("float32")[:1])
+    assert len(ranks.sent[0].values) == N // 10
+    assert ranks.paths[0].plan.sparsifier.calls == 1
+
+
 def test_ranks_whose_values_differ_are_told() -> None:
     ends = loopback(2)
     paths = [
@@ -137,7 +182,7 @@ def test_formats_keep_their_promises(form: Format, dtype: str) -> None:
         sent = form.write(out, indices, values)
         found_indices, found_values = form.read(out, k, dtype)
         same_bits(found_values, sent)
-        if found_indices.size:  # else every rank knows them
+        if form != ValuesOnly():  # of which every rank knows them
             same_bits(found_indices, indices)
         assert form.most(out.size, dtype) == k
         if (offsets := form.offsets(k, dtype)) is not None:

@@ -31,10 +31,9 @@ import numpy.typing as npt
 from hvd_sparse.core.contracts import (
     Array,
     Format,
-    PerRank,
-    PerTensor,
     Request,
     Selection,
+    offers,
 )
 from hvd_sparse.core.costs import Cost, Message
 from hvd_sparse.core.levels import Levels
@@ -129,7 +128,7 @@ class CAT(Selecting):
                 "scheme must be TopK(), SignTopK() or Stochastic(), got "
                 f"{self.scheme!r}"
             )
-        if isinstance(self.cost, type) or not isinstance(self.cost, Cost):
+        if isinstance(self.cost, type) or not offers(self.cost, Cost):
             raise TypeError(
                 "cost must be such as Affine(per_byte=1, per_message=54), with methods "
                 f"of and filled, got {self.cost!r}"
@@ -149,14 +148,14 @@ class CAT(Selecting):
     def for_rank(self, rank: int) -> "CAT":
         """The same, its scheme seeded for this rank where that matters."""
         scheme = self.scheme
-        if isinstance(scheme, PerRank):
+        if isinstance(scheme, Stochastic):
             return replace(self, scheme=scheme.for_rank(rank))
         return self
 
     def for_tensor(self, name: str) -> "CAT":
         """The same, its scheme seeded for this tensor where that matters."""
         scheme = self.scheme
-        if isinstance(scheme, PerTensor):
+        if isinstance(scheme, Stochastic):
             return replace(self, scheme=scheme.for_tensor(name))
         return self
 

@@ -8,14 +8,16 @@ integration's framework uses, flattened: a numpy array in host memory, or a torc
 on an accelerator.
 
 A sparsifier implements `select` alone. What else one may have is declared here, too,
-each in a protocol of its own: `isinstance` asks for it when a tensor is first seen.
+each in a protocol of its own: `offers` asks for it when a tensor is first seen.
 """
 
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from functools import cache
+from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar, runtime_checkable
 
-Array = Any  # the one honest hole: numpy.ndarray or torch.Tensor
+Array = Any  # numpy.ndarray or torch.Tensor, which have no type in common
+Role = TypeVar("Role")
 Arrived = Callable[[], bool]  # looks, without waiting, whether something is there
 
 
@@ -30,12 +32,32 @@ Average = Op.Average
 Sum = Op.Sum
 
 
+def offers(part: object, role: type[Role]) -> TypeGuard[Role]:
+    """Whether it has all that a protocol declares.
+
+    Also where it hands that on from something inside it, by `__getattr__`, which
+    isinstance does not see from Python 3.12 on.
+    """
+    declared = _declared(role)  # type: ignore[arg-type]  # classes are hashable
+    return all(hasattr(part, name) for name in declared)
+
+
+@cache
+def _declared(role: type) -> tuple[str, ...]:
+    names = {*vars(role), *role.__annotations__}
+    return tuple(sorted(name for name in names if not name.startswith("_")))
+
+
 class ExchangeError(RuntimeError):
     """A peer did something wrong, or nothing; names tensor, rank, expected, found."""
 
 
 class PayloadError(ExchangeError):
     """Bytes that arrived are not the payload that was agreed on."""
+
+
+class RaisedError(PayloadError):
+    """A peer raised, and this is what it told in place of a payload."""
 
 
 class Selection(NamedTuple):
@@ -52,7 +74,6 @@ class Selection(NamedTuple):
     nonfinite: int
 
 
-@runtime_checkable
 class Sparsifier(Protocol):
     """Chooses which elements of residual + gradient are worth sending.
 
@@ -73,7 +94,6 @@ class Sparsifier(Protocol):
         ...
 
 
-@runtime_checkable
 class FixedDensity(Protocol):
     """A sparsifier whose k follows from n: the same on every rank.
 
@@ -84,7 +104,6 @@ class FixedDensity(Protocol):
     density: float | None
 
 
-@runtime_checkable
 class SharedIndices(Protocol):
     """A sparsifier whose indices every rank can work out: they need not travel.
 
@@ -99,7 +118,6 @@ class SharedIndices(Protocol):
         ...
 
 
-@runtime_checkable
 class PerRank(Protocol):
     """A sparsifier that is another on each rank."""
 
@@ -108,7 +126,6 @@ class PerRank(Protocol):
         ...
 
 
-@runtime_checkable
 class PerTensor(Protocol):
     """A sparsifier that is another for each tensor."""
 
@@ -117,7 +134,6 @@ class PerTensor(Protocol):
         ...
 
 
-@runtime_checkable
 class PerScale(Protocol):
     """A sparsifier that depends on the unit of gradients."""
 
@@ -126,7 +142,6 @@ class PerScale(Protocol):
         ...
 
 
-@runtime_checkable
 class Following(Protocol):
     """A sparsifier whose choice depends on how many it chose last."""
 
@@ -135,7 +150,6 @@ class Following(Protocol):
         ...
 
 
-@runtime_checkable
 class Formatted(Protocol):
     """A sparsifier that is made for one way in which values travel.
 
@@ -162,7 +176,6 @@ class Request(NamedTuple):
     out: Array | None = None
 
 
-@runtime_checkable
 class Proved(Protocol):
     """A sparsifier whose selections tests prove, so that none is checked again.
 
@@ -180,7 +193,6 @@ class Proved(Protocol):
         ...
 
 
-@runtime_checkable
 class Grouped(Protocol):
     """A sparsifier that can select from many tensors in one call."""
 
@@ -201,7 +213,6 @@ class Grouped(Protocol):
         ...
 
 
-@runtime_checkable
 class Scaler(Protocol):
     """What multiplies the loss, such as a GradScaler."""
 

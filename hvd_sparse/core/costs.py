@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -39,8 +39,12 @@ class Message(NamedTuple):
     dtype: str
     n: int
 
+    @property
+    def layout(self) -> int:
+        """The format's number, by which costs of earlier releases knew it."""
+        return self.form.layout
 
-@runtime_checkable
+
 class Cost(Protocol):
     """What CAT asks of a network; hashable, so that answers can be kept."""
 

@@ -82,7 +82,8 @@ class Inbound:
             try:
                 payload = self._decode_one(flight, buffer)
             except PayloadError as error:
-                raise PayloadError(f"{tensor.name}: rank {rank}: {error}") from None
+                text = f"{tensor.name}: rank {rank}: {error}"
+                raise type(error)(text) from None
             payloads.append(payload)
         own = received[self._exchange.rank].size
         others = sum(buffer.size for buffer in received) - own

@@ -27,7 +27,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hvd_sparse.core.contracts import Array, Format, PayloadError, Selection
+from hvd_sparse.core.contracts import (
+    Array,
+    Format,
+    PayloadError,
+    RaisedError,
+    Selection,
+)
 from hvd_sparse.core.formats import FORMATS, Float32
 from hvd_sparse.kernels.host import address
 
@@ -142,10 +148,10 @@ def _error_bytes(k: int) -> int:
     return HEADER_BYTES + -(-k // 8) * 8
 
 
-def _raised(buffer: Bytes, k: int) -> PayloadError:
+def _raised(buffer: Bytes, k: int) -> RaisedError:
     """What its rank tells of an error."""
     text = buffer[HEADER_BYTES : HEADER_BYTES + max(k, 0)].tobytes()
-    return PayloadError(f"raised {text.decode(errors='replace') or 'an error'}")
+    return RaisedError(f"raised {text.decode(errors='replace') or 'an error'}")
 
 
 def decode(buffer: Bytes, expected: Header, *, varies: bool = False) -> Selection:

@@ -28,6 +28,7 @@ from hvd_sparse.core.contracts import (
     Selection,
     SharedIndices,
     Sparsifier,
+    offers,
 )
 from hvd_sparse.core.formats import Float32, Sign, Values
 from hvd_sparse.core.payload import DTYPES, Bytes, Header
@@ -117,7 +118,7 @@ class Plan:
         values: Values | None = None,
     ) -> None:
         """As for GradientPath, which says what is raised."""
-        if isinstance(sparsifier, type) or not isinstance(sparsifier, Sparsifier):
+        if isinstance(sparsifier, type) or not offers(sparsifier, Sparsifier):
             raise TypeError(
                 "sparsifier must have a select method, such as TopK(density=0.001), "
                 f"got {sparsifier!r}"
@@ -133,9 +134,9 @@ class Plan:
         # as they are now: what they count while they select is not part of it
         self._chosen = describe(sparsifier, "sparsifier")
         self._rule = describe(self.dense, "dense")
-        self.format = _format(sparsifier, values)
-        said = self.format != _format(sparsifier, None)  # else it says nothing new
-        self._values = f", values={values!r}" if said else ""
+        self._given = values
+        said = _format(sparsifier, values) != _format(sparsifier, None)
+        self._values = f", values={values!r}" if said else ""  # else it is nothing new
         self.op = Op(op)
         self.op_name = self.op.name  # an integration that finds out later says so here
         self.tensors: dict[str, Tensor] = {}
@@ -186,12 +187,12 @@ class Plan:
     def enter(self, name: str, gradient: Array, step: int, chosen: int) -> Tensor:
         """Decide how a tensor goes from its first use on."""
         dtype, n = dtype_of(gradient), _size(gradient)
-        sparsifier, k, dense = self._decide(name, n, dtype)
+        sparsifier, form, k, dense = self._decide(name, n, dtype)
         varies = fixed_density(sparsifier) is None
         trusted = _is_proved(sparsifier)
         wide = dtype in ("float32", "float64")
         plain = (
-            self.format.offsets(k, dtype) is not None
+            form.offsets(k, dtype) is not None
             and wide
             and not (dense or varies)
             and isinstance(gradient, np.ndarray)
@@ -204,15 +205,15 @@ class Plan:
             gradient.dtype,
             gradient.dtype.itemsize,
             sparsifier,
-            Header(self.format.layout, dtype, n, k, step, digest=0),
+            Header(form.layout, dtype, n, k, step, digest=0),
             varies=varies,
-            follows=isinstance(sparsifier, Following),
+            follows=offers(sparsifier, Following),
             unindexed=_is_shared(sparsifier),
             clears=_is_proved(sparsifier) and sparsifier.clears,
             dense=dense,
             trusted=trusted,
             plain=plain,
-            grouped=plain and trusted and isinstance(sparsifier, Grouped),
+            grouped=plain and trusted and offers(sparsifier, Grouped),
             chosen=chosen,
         )
         self._set_digest(tensor)
@@ -237,28 +238,31 @@ class Plan:
     def goes_dense(self, name: str, gradient: Array) -> bool:
         """Whether it will, or can not go at all; nothing is remembered."""
         dtype = dtype_of(gradient)
-        return dtype not in DTYPES or self._decide(name, _size(gradient), dtype)[2]
+        return dtype not in DTYPES or self._decide(name, _size(gradient), dtype)[3]
 
-    def _decide(self, name: str, n: int, dtype: str) -> tuple[Sparsifier, int, bool]:
-        """The sparsifier for this tensor, its k, whether it goes dense."""
+    def _decide(
+        self, name: str, n: int, dtype: str
+    ) -> tuple[Sparsifier, Format, int, bool]:
+        """The sparsifier for this tensor, its format, its k, whether it goes dense."""
         sparsifier = self._own(name)
+        form = _format(sparsifier, self._given)
         size = self._exchange.size * self._exchange.weight
         dense = Never() if name in self.always_sparse else self.dense
-        limit = dense.limit(n, dtype, ITEMSIZES[dtype], self.format, size)
+        limit = dense.limit(n, dtype, ITEMSIZES[dtype], form, size)
         density = fixed_density(sparsifier)
         if density is None:
-            return sparsifier, limit, limit < min(1, n)
+            return sparsifier, form, limit, limit < min(1, n)
         k = elements(density, n)
-        return sparsifier, k, limit < k
+        return sparsifier, form, k, limit < k
 
     def _own(self, name: str) -> Sparsifier:
         """The sparsifier as this rank, this tensor and the loss scale have it."""
         sparsifier = self.sparsifier
-        if isinstance(sparsifier, PerRank):
+        if offers(sparsifier, PerRank):
             sparsifier = sparsifier.for_rank(self._exchange.rank)
-        if isinstance(sparsifier, PerTensor):
+        if offers(sparsifier, PerTensor):
             sparsifier = sparsifier.for_tensor(name)
-        if isinstance(sparsifier, PerScale) and self.loss_scale is not None:
+        if offers(sparsifier, PerScale) and self.loss_scale is not None:
             sparsifier = sparsifier.for_scale(self.loss_scale)
         return sparsifier
 
@@ -290,11 +294,11 @@ def _format(sparsifier: Sparsifier, values: Values | None) -> Format:
 
 def _is_proved(sparsifier: Sparsifier) -> TypeGuard[Proved]:
     """Not what inherits from one that is: it may select as it likes."""
-    return isinstance(sparsifier, Proved) and sparsifier.proved is type(sparsifier)
+    return offers(sparsifier, Proved) and sparsifier.proved is type(sparsifier)
 
 
 def _is_shared(sparsifier: Sparsifier) -> bool:
-    return isinstance(sparsifier, SharedIndices) and sparsifier.shared_indices
+    return offers(sparsifier, SharedIndices) and sparsifier.shared_indices
 
 
 def dtype_of(array: Array) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hvd_sparse.core.contracts import Array, Memory, Scaler
+from hvd_sparse.core.contracts import Array, Memory, Scaler, offers
 from hvd_sparse.core.flight import last_sent
 from hvd_sparse.core.payload import step_of
 from hvd_sparse.core.plan import Plan
@@ -103,7 +103,7 @@ def scale_of(scaler: Any) -> Callable[[], float] | None:
     """
     if scaler is None:
         return None
-    if isinstance(scaler, type) or not isinstance(scaler, Scaler):
+    if isinstance(scaler, type) or not offers(scaler, Scaler):
         raise TypeError(
             f"scaler must have get_scale(), such as a GradScaler, got {scaler!r}"
         )

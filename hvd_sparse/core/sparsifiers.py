@@ -23,6 +23,7 @@ from hvd_sparse.core.contracts import (
     Request,
     Selection,
     Sparsifier,
+    offers,
 )
 from hvd_sparse.core.formats import Float32, Sign
 from hvd_sparse.core.levels import Levels
@@ -51,7 +52,7 @@ def digest(*parts: object) -> int:
 
 def fixed_density(sparsifier: Sparsifier) -> float | None:
     """Its density, if its k is the same on every rank."""
-    return sparsifier.density if isinstance(sparsifier, FixedDensity) else None
+    return sparsifier.density if offers(sparsifier, FixedDensity) else None
 
 
 def format_of(sparsifier: Sparsifier, values: Format | None = None) -> Format:
@@ -60,7 +61,7 @@ def format_of(sparsifier: Sparsifier, values: Format | None = None) -> Format:
     Raises:
         ValueError: the user says otherwise than it is made for.
     """
-    if not isinstance(sparsifier, Formatted):
+    if not offers(sparsifier, Formatted):
         return Float32() if values is None else values
     own = sparsifier.made_for
     if values not in (None, own):

@@ -229,7 +229,7 @@ class SparseCompressor:
             return tensor, None
         name, number, sources = self._identity(tensor, call)
         if sources is not None and sources.results is not None:
-            return self._join(sources, tensor, _place(tensor, call))
+            return self._join(sources, tensor, sources.place(tensor))
         if self._goes_dense(name, tensor):
             if sources is not None:
                 sources.dense.append(_place(tensor, call))

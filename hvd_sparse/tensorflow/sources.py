@@ -35,6 +35,16 @@ class Sources:
         self.step: Step | None = None
         self.payloads: dict[int, Tensor] = {}
         self.results: dict[int, Tensor] | None = None
+        self._given: set[int] = set()
+
+    def place(self, gradient: Tensor) -> int:
+        """Where it is; of variables that share it the one that was not told yet."""
+        same = [p for p, other in enumerate(self.gradients) if other is gradient]
+        if self._given.issuperset(same):
+            self._given.difference_update(same)
+        place = next(p for p in same if p not in self._given)
+        self._given.add(place)
+        return place
 
     def are(self, of: Sequence[Any], gradients: Sequence[Tensor]) -> bool:
         """Whether it is of these very objects: a graph may make several steps."""

@@ -87,6 +87,8 @@ class Step:
     def send(self, name: str, gradient: Array) -> Array:
         """What is to be gathered: its payload, or what this rank has raised."""
         outgoing = None
+        if name in self._sent:  # in a run of the graph that did not come to its end
+            self._abort()
         self._rest.pop(name, None)
         try:
             with Uninterrupted():
@@ -95,6 +97,12 @@ class Step:
         except BaseException as error:
             self.fail(error)
         return self.excuse(name, gradient) if outgoing is None else outgoing
+
+    def _abort(self) -> None:
+        for name, flight in self._sent.items():
+            if flight is not None and self._flights.by_name.get(name) is flight:
+                self._path.recall([flight])
+        self.begin()
 
     def _send(self, name: str, gradient: Array) -> Array:
         flights = self._flights
@@ -144,7 +152,8 @@ class Step:
                 outs = self._receive(names, gathered)
         except BaseException as error:
             if outs is None:
-                raise self._failed(error) from error.__cause__
+                failed = self._failed(error)
+                raise failed from failed.__cause__
             self.fail(error)  # Ctrl-C: raised when the others are there too
         self._arrived.update(names)
         if not self._rest and self._arrived >= self._sent.keys():
@@ -188,14 +197,11 @@ class Step:
 
     def _failed(self, error: BaseException) -> BaseException:
         """What to raise; nothing of the step counts."""
-        by_name, watchdog = self._flights.by_name, self._flights.watchdog
-        for name, flight in self._sent.items():
-            if flight is not None and by_name.get(name) is flight:
-                self._path.recall([flight])
-            watchdog.received(name)
-        for name, gradient in self._rest.items():  # their turn does not come
+        watchdog, rest = self._flights.watchdog, self._rest
+        watchdog.forget()  # the rest of the graph will not run
+        self._abort()
+        for name, gradient in rest.items():  # their turn does not come
             self._keep(name, np.asarray(gradient()))
-        self.begin()
         if watchdog.gave_up:
             failed = ExchangeError(watchdog.gave_up)
             failed.__cause__ = error

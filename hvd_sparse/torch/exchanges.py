@@ -238,6 +238,11 @@ class GatheredExchange(_HorovodExchange):
             if batch.handle is None:
                 batch.clear()
 
+    def forsake(self, handle: str) -> None:
+        """Its batch is not awaited: not all ranks have sent something of it."""
+        if handle in self._batches:
+            self._batches[handle].clear()
+
     def drain(self) -> None:
         """Wait for all that is on its way, and drop it: the step has failed.
 
@@ -332,6 +337,9 @@ class EmbeddedExchange(_HorovodExchange):
 
     def withdraw(self) -> None:
         """Nothing waits."""
+
+    def forsake(self, handle: str) -> None:
+        """Nothing is awaited but what Horovod reduces."""
 
     def drain(self) -> None:
         """All is on its way with what Horovod reduces."""

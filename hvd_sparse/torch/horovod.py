@@ -32,7 +32,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hvd_sparse.advice import Adviser
 from hvd_sparse.carriers import Carrier, Embedded, Gathered
-from hvd_sparse.core.contracts import Average, ExchangeError, Op, Sparsifier
+from hvd_sparse.core.contracts import (
+    Average,
+    ExchangeError,
+    Op,
+    RaisedError,
+    Sparsifier,
+)
 from hvd_sparse.core.formats import Values
 from hvd_sparse.core.interrupts import Uninterrupted
 from hvd_sparse.core.path import GradientPath
@@ -249,7 +255,7 @@ class SparseCompressor:
         self, name: str, gradient: Tensor, parameter: Tensor, caller: Caller | None
     ) -> tuple[Tensor, Context | Idle]:
         step = self._step
-        if step.arriving:  # something else than ours has failed: some never came
+        if step.arriving and caller is not None:  # something else has failed
             self._inbound.end(None)
         elif name in step and (caller is not None or self._path.scaling.is_used):
             self._carrier.withdraw()
@@ -260,7 +266,9 @@ class SparseCompressor:
             frozen = None if parameter.requires_grad else parameter
             idle = step.idle[name] = Idle(name, gradient, frozen)
             return self._carrier.nothing(), idle
-        return self._outbound.send(name, gradient, parameter)
+        sent, context = self._outbound.send(name, gradient, parameter)
+        context.alone = caller is None
+        return sent, context
 
     def _begin(self, caller: Caller | None) -> None:
         """The first gradient of a step."""
@@ -335,14 +343,15 @@ class SparseCompressor:
             return ctx.place.seen(ctx.result)
 
     def _receive(self, reduced: Tensor, ctx: Context) -> None:
+        if not self._step.arriving:  # peers may have none of it: nothing is awaited
+            refuse_before_exchange(depth=2)
         try:
             with Uninterrupted():
-                if not self._step.arriving:
-                    refuse_before_exchange(depth=2)
                 self._inbound.receive(reduced, ctx)
         except BaseException as error:
             if ctx.result is None:
-                raise self._failed(error) from error.__cause__
+                failed = self._failed(error)
+                raise failed from failed.__cause__
             self._step.fail(error)  # Ctrl-C: raised when the others are there too
         self._finish()
 
@@ -350,7 +359,8 @@ class SparseCompressor:
         try:
             gradient = self._inbound.receive_nothing(reduced, ctx)
         except BaseException as error:
-            raise self._failed(error) from error.__cause__
+            failed = self._failed(error)
+            raise failed from failed.__cause__
         self._finish()
         return gradient
 
@@ -359,17 +369,26 @@ class SparseCompressor:
         error = self._step.settle()
         if error is not None:
             release(self._horovods)
+            self._end_failed()
             raise error
 
     def _failed(self, error: BaseException) -> BaseException:
         """What to raise once the whole step is taken back."""
-        gave_up = self._watchdog.gave_up
+        gave_up, recovers = self._watchdog.gave_up, self._shutdown.recovers
         self._inbound.fail(error, self._horovods)
-        if gave_up and not self._shutdown.recovers:
+        self._end_failed()
+        if gave_up and not recovers:
             failed = ExchangeError(gave_up)
             failed.__cause__ = error
             return failed
+        if recovers and isinstance(error, RaisedError):  # whose rank may not come back
+            return elastic.internal_error(str(error))
         return error  # elastic training recovers from Horovod's own error alone
+
+    def _end_failed(self) -> None:
+        """Nothing of this step can be unused: it has been taken back."""
+        self._unused.forget()
+        self._stepping = False
 
     @property
     def _horovods(self) -> Any:

@@ -87,7 +87,12 @@ class Inbound:
         flight = ctx.sent
         if ctx.place.changed:
             raise changed(ctx.name)
-        self._path.plan.op = self._found(self._carrier.reduced(flight.handle, reduced))
+        try:
+            op = self._carrier.reduced(flight.handle, reduced)
+        except ValueError:  # some ranks sent none of it: their batch never comes
+            self._carrier.forsake(flight.handle)
+            raise
+        self._path.plan.op = self._found(op)
         arrived = self._receive_batch(flight) or self._receive_alone(ctx, flight)
         sent, received = self._carrier.bytes_beside(reduced, arrived)
         self._path.traffic.overhead_sent_bytes += sent

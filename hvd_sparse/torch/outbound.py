@@ -162,6 +162,8 @@ class Outbound:
             self._watchdog.sent(name, 0)
             context = step.under_way[name] = Context(name, Place(gradient, None))
         step.waiting.pop(name, None)
+        if context.excused or context.flight is not None:  # it has left
+            return self._carrier.to_reduce(name), context
         step.keep(context)
         known = self._known(name, parameter)
         if known is not None and known.dense:

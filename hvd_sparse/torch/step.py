@@ -36,6 +36,7 @@ class Context:
         taken: the residual that went with it, where it goes dense.
         kept: it is in the residual and will not be sent in this step.
         excused: its peers are told that this rank raised.
+        alone: no optimizer gave it: its step is its own.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Context:
     taken: Any = None
     kept: bool = False
     excused: bool = False
+    alone: bool = False
 
     @property
     def sent(self) -> Flight:
@@ -160,24 +162,29 @@ class Step:
         self._leave(context)
 
     def settle(self) -> BaseException | None:
-        """If all is there it can not be taken back any more.
+        """If all is there it can not be taken back any more; what is alone counts now.
 
         Returns:
             What this rank raises all the same; its peers do not.
         """
         if self.under_way or self.idle:
+            self._count([context for context in self.arrived if context.alone])
+            self.arrived = [context for context in self.arrived if not context.alone]
             return None
+        self._count(self.arrived)
+        failure = self.failure
+        self._clear()
+        return None if failure is None else failure.error
+
+    def _count(self, contexts: list[Context]) -> None:
         traffic = self._path.traffic
-        for context in self.arrived:
+        for context in contexts:
             tensor = self._path.plan.tensors[context.name]
             if context.flight is not None:
                 context.flight.settle()
             else:
                 tensor.at_step(tensor.header.step + 1)
             traffic.steps = max(traffic.steps, tensor.header.step)
-        failure = self.failure
-        self._clear()
-        return None if failure is None else failure.error
 
     def roll_back(self) -> None:
         """Nothing of it counts: what was sent is back in the residuals."""
