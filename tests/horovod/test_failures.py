@@ -48,7 +48,7 @@ def is_last():
 class Job:
     """A model in training."""
 
-    def __init__(self, sparsifier, carrier, dense=NEVER):
+    def __init__(self, sparsifier, carrier, dense=NEVER, **options):
         torch.manual_seed(0)
         layers = nn.Linear(6, 33), nn.Tanh(), nn.Linear(33, 3)
         self.model = nn.Sequential(*layers)
@@ -58,6 +58,7 @@ class Job:
             dense=dense,
             exchange=carrier,
             timeout_s=DEADLINE_S,
+            **options,
         )
         self.optimizer = hvd.DistributedOptimizer(
             torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9),
@@ -277,3 +278,51 @@ def test_ctrl_c_waits_until_the_step_is_whole(stage, carrier, monkeypatch):
         with job.optimizer.skip_synchronize():
             job.optimizer.step()
     works(job, 2)
+
+
+class RaisesOnce(TopK):
+    """On the last rank, when it is told to."""
+
+    told = False
+
+    def select(self, residual, gradient, k, step):
+        if RaisesOnce.told and is_last():
+            RaisesOnce.told = False
+            raise ZeroDivisionError
+        return super().select(residual, gradient, k, step)
+
+
+@pytest.mark.ranks
+@pytest.mark.transport
+@pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
+def test_a_failed_step_is_not_taken_for_one_that_was_thrown_away(carrier):
+    """What arrived before the error, as a bias that goes dense, was not left unused."""
+    job = Job(RaisesOnce(0.1), carrier, WhenCheaper(), undo=True)
+    job.train(0)
+    RaisesOnce.told = True
+    job.optimizer.zero_grad()
+    job.loss(1).backward()
+    with pytest.raises(ZeroDivisionError if is_last() else ExchangeError):
+        job.optimizer.synchronize()
+    RaisesOnce.told = False
+    works(job, 2)
+
+
+@pytest.mark.ranks
+def test_what_no_optimizer_gave_counts_when_it_arrives():
+    """Not with others whose results were never asked for."""
+    p, q = (torch.zeros(8, requires_grad=True) for _ in range(2))
+    named = [("p", p), ("q", q)]
+    compression = SparseCompressor(TopK(0.25), named_parameters=named, dense=Never())
+    expected = np.zeros(8, np.float32)
+    for step in range(3):
+        p.grad, q.grad = torch.ones(8), torch.arange(8.0)
+        if step == 1:  # this one's result is not asked for
+            reduced, _ = compression.compress(p.grad)
+            hvd.allreduce(reduced, name="left alone")
+        q.grad = hvd.allreduce(q.grad, name="q", compression=compression)
+        expected += np.arange(8)
+        expected[np.argsort(expected)[-2:]] = 0
+    q_state = compression.state_dict()["tensors"]["q"]
+    assert q_state["step"] == 3
+    assert q_state["residual"].tolist() == expected.tolist()
