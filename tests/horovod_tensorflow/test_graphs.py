@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import hvd_sparse.tensorflow as sparse
-from hvd_sparse import Never, TopK, WhenCheaper
+from hvd_sparse import Never, RandomK, TopK, WhenCheaper
 
 # Keras 2's own, where it draws a seed
 pytestmark = pytest.mark.filterwarnings("ignore:non-integer arguments to randrange")
@@ -292,3 +292,27 @@ def test_a_graph_may_make_several_steps_of_the_same_variables():
         return np.stack([variable.numpy() for variable in variables])
 
     np.testing.assert_array_equal(trained(2), trained(1))
+
+
+@pytest.mark.ranks
+def test_variables_that_share_a_gradient_get_each_its_own_result():
+    """Each draws other elements of it, and keeps the rest."""
+    first, second = tf.Variable(tf.zeros(64)), tf.Variable(tf.zeros(64))
+    compression = compressor(RandomK(0.25, seed=3), prefix="shared")
+
+    @tf.function
+    def step(x):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum((first + second) * x)
+        tape = hvd.DistributedGradientTape(tape, compression=compression)
+        return tape.gradient(loss, [first, second])
+
+    given = np.arange(1, 65, dtype=np.float32) * (1 + hvd.rank())
+    means = [mean.numpy() for mean in step(tf.constant(given))]
+    tensors = compression.state_dict()["tensors"].values()
+    kept = [tensor["residual"].numpy() for tensor in tensors]
+    sent = [np.flatnonzero(residual == 0) for residual in kept]
+    assert [places.size for places in sent] == [16, 16]
+    assert sent[0].tolist() != sent[1].tolist()
+    for mean, places in zip(means, sent, strict=True):
+        assert np.flatnonzero(mean).tolist() == places.tolist()
