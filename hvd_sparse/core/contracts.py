@@ -1,4 +1,7 @@
-"""What the parts of the path promise each other: all that is called is here.
+"""What the parts of the path promise each other: all that the path calls of them.
+
+Costs, which CAT alone asks, are in `hvd_sparse.core.costs`; what integrations call of
+their exchanges beside this is declared nowhere yet.
 
 A gradient meets them in this order: `Memory` keeps what earlier steps did not send,
 `Sparsifier` chooses, `Format` makes bytes of the choice, `Exchange` carries bytes it
