@@ -257,7 +257,7 @@ class SparseAllreduce:
     def _send_blobs(self, blobs: Mapping[str, Blob]) -> None:
         self._blobs = {n: blobs[n] for n in sorted(blobs)}
         self._handles = {
-            n: self._exchange.start(n, b.data) for n, b in self._blobs.items()
+            n: self._exchange.start_bytes(b.data) for n, b in self._blobs.items()
         }
 
     def overflow(self) -> None:
@@ -311,7 +311,8 @@ class SparseAllreduce:
                 if result is not out:
                     out[...] = result
             self.gathered = {
-                n: list(self._exchange.finish(h)) for n, h in self._handles.items()
+                n: list(self._exchange.finish_bytes(h))
+                for n, h in self._handles.items()
             }
             if unless(outs):
                 self._path.recall(self._flights)

@@ -5,7 +5,7 @@ Adding a sparsifier, a dtype or a kind of kernel adds a row to a table here.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -24,8 +24,10 @@ from hvd_sparse import (
     Threshold,
     TopK,
 )
+from hvd_sparse.core.contracts import Located
 from hvd_sparse.core.flight import Flight
 from hvd_sparse.core.formats import Sign
+from hvd_sparse.core.frame import Frame, Received
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.payload import decode
 from hvd_sparse.core.sparsifiers import format_of
@@ -279,40 +281,45 @@ class Loopback:
     wires: list[dict[str, list[Any]]]  # per rank and name, all that was ever sent
     weight: int = 1
     uneven: bool = False
+    frames: dict[str, Frame] = field(default_factory=dict)  # the last ones
 
     @property
     def size(self) -> int:
         return len(self.wires)
 
     def start(self, name: str, payload: Any) -> tuple[str, int]:
+        """In a frame of its own."""
+        frame = self.frames[name] = Frame([(name, payload)])
+        return self.put(name, frame.bytes())
+
+    def put(self, name: str, data: np.ndarray) -> tuple[str, int]:
         sent = self.wires[self.rank].setdefault(name, [])
-        sent.append(payload.copy())  # the path reuses its memory
+        sent.append(data)
         return name, len(sent) - 1
 
-    def finish(self, handle: tuple[str, int]) -> list[Any]:
+    def sent(self, handle: tuple[str, int]) -> list[Any]:
+        """By all ranks."""
         name, place = handle
         return [wire[name][place] for wire in self.wires]
 
-    def locate(
-        self, handles: Sequence[tuple[str, int]], sizes: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray] | None:
-        sent = [
-            payload
-            for payloads in zip(*map(self.finish, handles), strict=True)
-            for payload in payloads
-        ]
-        found = np.array([payload.size for payload in sent]).reshape(self.size, -1)
-        if not (found == sizes).all():
+    def received(self, handle: tuple[str, int]) -> Received:
+        return Received(self.frames[handle[0]], self.sent(handle))
+
+    def finish(self, handle: tuple[str, int]) -> list[Any]:
+        return self.received(handle).payloads(0)
+
+    def locate(self, handles: Sequence[tuple[str, int]]) -> Located | None:
+        found = [self.received(handle).locate([0]) for handle in handles]
+        if not all(found):
             return None
-        starts = np.cumsum(found) - found.reshape(-1)
-        words = np.concatenate([payload.view(np.int64) for payload in sent])
-        return words.view(np.uint8), starts.reshape(found.shape)
+        addresses = np.concatenate([f.addresses for f in found if f], axis=1)
+        return Located(addresses, [f.wire_bytes[0] for f in found if f])
 
     def start_dense(self, name: str, gradient: Any) -> tuple[str, int]:
-        return self.start(name, np.array(as_numpy(gradient)))
+        return self.put(name, np.array(as_numpy(gradient)))
 
     def finish_dense(self, handle: tuple[str, int]) -> tuple[np.ndarray, int]:
-        gradients = self.finish(handle)
+        gradients = self.sent(handle)
         total = np.zeros(gradients[0].size, wide(gradients[0].dtype))
         with np.errstate(over="ignore", invalid="ignore"):  # as in MPI
             for gradient in gradients:
@@ -400,9 +407,7 @@ def on_the_wire(path: GradientPath, flight: Flight) -> Selection:
     """What the other ranks read from this rank's payload; nothing if it went dense."""
     if flight.tensor.dense:
         return Selection(np.empty(0), np.empty(0), 0)
-    name, place = flight.handle
-    buffer = path.exchange.wires[path.exchange.rank][name][place]
-    found = decode(buffer, flight.tensor.header, varies=flight.tensor.varies)
+    found = decode(path.exchange.finish(flight.handle)[path.exchange.rank])
     if not flight.tensor.unindexed:
         return found
     return found._replace(indices=as_numpy(flight.indices))

@@ -12,8 +12,9 @@ import pytest
 
 from hvd_sparse import Selection, SignTopK, TopK
 from hvd_sparse.core import outbound
+from hvd_sparse.core.fused import Fused
 from hvd_sparse.core.path import GradientPath
-from hvd_sparse.core.payload import Message
+from hvd_sparse.core.payload import Payload
 from hvd_sparse.kernels import kernels_for
 
 
@@ -61,7 +62,7 @@ def without_memory(patch: pytest.MonkeyPatch, path: GradientPath, name: str) -> 
         raise MemoryError("no room to encode")
 
     patch.setattr(outbound, "encode", encode)
-    patch.setattr(Message, "lay_out", encode)
+    patch.setattr(Fused, "select", encode)
 
 
 def memory_raises(method: str, error: BaseException) -> Prepare:
@@ -118,22 +119,32 @@ STAGES = {
 
 
 def damage(
-    patch: pytest.MonkeyPatch, exchange: Any, name: str, at: int | slice, value: int
+    patch: pytest.MonkeyPatch, exchange: Any, name: str, spoil: Callable[[Any], Any]
 ) -> None:
-    """On the wire: bits of what this rank sends of one tensor."""
+    """On the wire: what this rank sends of one tensor."""
     start = exchange.start
 
     def start_damaged(started: str, payload: Any) -> Any:
-        if started == name:
-            payload = payload.copy()
-            payload[at] ^= value
-        return start(started, payload)
+        return start(started, spoil(payload) if started == name else payload)
 
     patch.setattr(exchange, "start", start_damaged)
 
 
-# where, which bits, what is said on every rank; float32 entries are not padded
+def of_another(payload: Payload) -> Payload:
+    """What the header says of the tensor is not what its peers know."""
+    header = payload.header
+    return payload._replace(header=header._replace(digest=header.digest ^ 255))
+
+
+def beyond_the_end(payload: Payload) -> Payload:
+    """The last index is not in the tensor."""
+    entries = payload.entries.copy()
+    entries[-1] ^= 128  # float32 entries are not filled up
+    return payload._replace(entries=entries)
+
+
+# where, what does it, what is said on every rank
 DAMAGES = {
-    "decode": (24, 255, "digest"),
-    "aggregate": (slice(-1, None), 128, "indices must ascend"),
+    "decode": (of_another, "digest"),
+    "aggregate": (beyond_the_end, "indices must ascend"),
 }

@@ -25,8 +25,9 @@ from hvd_sparse import (
 )
 from hvd_sparse.core.adaptive import _coarse
 from hvd_sparse.core.costs import Message
+from hvd_sparse.core.frame import padded_bytes
 from hvd_sparse.core.levels import Levels
-from hvd_sparse.core.payload import padded_bytes, payload_bytes
+from hvd_sparse.core.payload import payload_bytes
 from hvd_sparse.kernels import reference
 
 SCHEMES = [TopK(), SignTopK(), Stochastic()]

@@ -57,14 +57,14 @@ def test_byte_counts_may_differ_between_ranks_and_nothing_else(
 
 @pytest.mark.parametrize(
     ("offset", "value", "found"),
-    [(0, b"HVSP", r"b'HVSP' version 1"), (4, b"\x02", r"b'HVSA' version 2")],
+    [(0, b"HVSP", r"b'HVSP' version 2"), (4, b"\x01", r"b'HVSA' version 1")],
 )
 def test_a_header_of_another_release_is_refused(
     offset: int, value: bytes, found: str
 ) -> None:
     data = bytearray(StepHeader(0, 0, bytes(16)).pack())
     data[offset : offset + len(value)] = value
-    with pytest.raises(ValueError, match=f"{found}, expected b'HVSA' version 1"):
+    with pytest.raises(ValueError, match=f"{found}, expected b'HVSA' version 2"):
         unpack(bytes(data))
 
 

@@ -8,68 +8,19 @@ from hypothesis import strategies as st
 from hvd_sparse import PayloadError, Selection
 from hvd_sparse.carriers import embed, extract, slot_floats
 from hvd_sparse.core.formats import Float32
-from hvd_sparse.core.payload import (
-    Header,
-    encode,
-    padded_bytes,
-    split,
-    step_of,
-)
+from hvd_sparse.core.frame import Frame, padded_bytes
+from hvd_sparse.core.payload import Header, encode
 
-COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=6)
 FACTORS = st.sampled_from([1.0, 2.0, 3.0, 7.0])
 
 
-def payload(k: int, seed: int = 0, step: int = 5) -> np.ndarray:
+def payload(k: int, seed: int = 0) -> np.ndarray:
+    """In a frame."""
     rng = np.random.default_rng([k, seed])
     values = rng.standard_normal(k).astype(np.float32)
     indices = np.arange(k, dtype=np.int32)
-    header = Header(Float32().layout, "float32", 1000, k, step, 77)
-    return encode(Selection(indices, values, 0), header)[0]
-
-
-@given(COUNTS, st.booleans())
-def test_gathered_payloads_come_apart_as_they_were(
-    counts: list[int], padded: bool
-) -> None:
-    sent = [payload(k, rank) for rank, k in enumerate(counts)]
-    sizes = [padded_bytes(p.size) if padded else p.size for p in sent]
-    parts = [
-        np.concatenate([p, np.zeros(n - p.size, np.uint8)])
-        for p, n in zip(sent, sizes, strict=True)
-    ]
-    received = split(np.concatenate(parts), padded=padded)
-    assert [p.tobytes() for p in received] == [p.tobytes() for p in sent]
-
-
-@given(COUNTS, st.integers(1, 4), st.booleans())
-def test_payloads_of_a_batch_come_apart_as_they_were(
-    counts: list[int], each: int, padded: bool
-) -> None:
-    sent = [
-        [payload(k + i, rank) for i in range(each)] for rank, k in enumerate(counts)
-    ]
-    parts = []
-    for own in sent:
-        size = sum(p.size for p in own)
-        padding = padded_bytes(size) - size if padded else 0
-        parts += [*own, np.zeros(padding, np.uint8)]
-    received = split(np.concatenate(parts), each=each, padded=padded)
-    assert [p.tobytes() for p in received] == [p.tobytes() for own in sent for p in own]
-
-
-@pytest.mark.parametrize("damage", ["magic", "cut", "k"])
-def test_damaged_payloads_are_an_error_that_names_the_rank(damage: str) -> None:
-    buffer = np.concatenate([payload(3), payload(4)])
-    second = payload(3).size
-    if damage == "magic":
-        buffer[second] = 0
-    elif damage == "cut":
-        buffer = buffer[:-8]
-    else:
-        buffer[second + 12] = 200
-    with pytest.raises(PayloadError, match="rank 1: "):
-        split(buffer, padded=False)
+    header = Header(Float32().layout, "float32", 1000, k, 5, digest=k)
+    return Frame([("w", encode(Selection(indices, values, 0), header)[0])]).bytes()
 
 
 @given(st.integers(1, 10**9))
@@ -79,11 +30,6 @@ def test_padded_sizes_are_few_and_little_larger(size: int) -> None:
     assert padded % 8 == 0
     assert padded <= max(64, 1.25 * size + 8)
     assert padded_bytes(padded) == padded
-
-
-def test_a_payload_knows_its_step() -> None:
-    assert step_of(payload(2, step=123456789012)) == 123456789012
-    assert step_of(np.zeros(8, np.uint8)) == 0
 
 
 @given(st.integers(1, 64), st.integers(0, 30), FACTORS, st.booleans(), st.data())

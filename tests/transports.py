@@ -12,7 +12,7 @@ import pytest
 
 from hvd_sparse import ExchangeError, Selection
 from hvd_sparse.core.formats import Float32
-from hvd_sparse.core.payload import Header, encode
+from hvd_sparse.core.payload import Header, Payload, encode
 from hvd_sparse.transport.mpi.agreement import Row
 from hvd_sparse.transport.mpi.broadcast import Broadcast, Described
 from hvd_sparse.transport.mpi.exchange import MpiExchange
@@ -54,9 +54,9 @@ class OverMpi:
     def say(self, text: str) -> list[str]:
         """One more step: what every rank says."""
         data = np.frombuffer(text.encode().ljust(-(-len(text) // 8) * 8), np.uint8)
-        handle = self.exchange.start("text", data)
-        self.travel([handle])
-        found = self.exchange.finish(handle)
+        handle = self.exchange.start_bytes(data)
+        self.travel([])
+        found = self.exchange.finish_bytes(handle)
         said = [part.tobytes().rstrip().decode() for part in found]
         self.close()
         return said
@@ -68,31 +68,54 @@ def row(name: str = "w", **others: Any) -> Row:
     return name, found["shape"], found["dtype"], 1, "sparse", found["step"]
 
 
-def payload(rank: int, place: int, k: int) -> np.ndarray:
-    """What this rank sends of the tensor at this place; all ranks know it."""
+def payload(rank: int, place: int, k: int, most: int | None = None) -> Payload:
+    """What this rank sends of the tensor at this place; all ranks know it.
+
+    Args: most: that any rank may send, where they choose.
+    """
     random = np.random.default_rng([rank, place, k])
     indices = np.sort(random.choice(N, k, replace=False)).astype(np.int32)
     values = random.standard_normal(k).astype(np.float32)
-    header = Header(Float32.layout, "float32", N, k, step=0, digest=place)
+    varies, known = most is not None, k if most is None else most
+    digest = 1 + place + 1000 * known + 10**6 * varies
+    header = Header(Float32.layout, "float32", N, known, 0, digest, varies)
     return encode(Selection(indices, values, 0), header)[0]
 
 
-def gathered(end: End, k: Callable[[int, int], int], tensors: int = 3) -> None:
-    """A step. Args: k: of (rank, place), the elements that it sends."""
+def is_same(found: Payload | None, sent: Payload) -> None:
+    """What has arrived is what was sent."""
+    assert found is not None
+    assert found[:3] == sent[:3]
+    assert found.entries.dtype == np.uint8
+    assert found.entries.ctypes.data % 8 == 0
+    np.testing.assert_array_equal(found.entries, sent.entries)
+
+
+def gathered(
+    end: End,
+    k: Callable[[int, int], int],
+    tensors: int = 3,
+    most: Callable[[int], int] | None = None,
+) -> None:
+    """A step.
+
+    Args:
+        k: of (rank, place), the elements that it sends.
+        most: of a place, where these differ.
+    """
     exchange = end.exchange
-    handles = [
-        exchange.start(
-            f"w{place}", payload(exchange.rank, place, k(exchange.rank, place))
-        )
-        for place in range(tensors)
-    ]
+
+    def of(rank: int, place: int) -> Payload:
+        return payload(rank, place, k(rank, place), most and most(place))
+
+    own = [of(exchange.rank, place) for place in range(tensors)]
+    handles = [exchange.start(f"w{place}", one) for place, one in enumerate(own)]
     end.travel(handles)
     for place, handle in enumerate(handles):
         found = exchange.finish(handle)
         assert len(found) == exchange.size
         for rank, part in enumerate(found):
-            assert part.dtype == np.uint8
-            np.testing.assert_array_equal(part, payload(rank, place, k(rank, place)))
+            is_same(part, of(rank, place))
     end.close()
 
 
@@ -116,18 +139,16 @@ def where_they_lie_is_where_they_are_found(end: End) -> None:
         exchange.start(f"w{p}", part) for p, part in zip(places, own, strict=True)
     ]
     end.travel(handles)
-    sizes = np.array([part.size for part in own])
-    located = exchange.locate(handles, sizes)
+    located = exchange.locate(handles)
     if located is not None:
-        buffer, starts = located
-        assert buffer.dtype == np.uint8
-        assert buffer.ctypes.data % 8 == 0
-        assert starts.shape == (exchange.size, len(handles))
+        assert located.addresses.shape == (exchange.size, len(handles))
+        assert (located.addresses % 8 == 0).all()
         for place, handle in enumerate(handles):
-            for start, part in zip(
-                starts[:, place], exchange.finish(handle), strict=True
-            ):
-                np.testing.assert_array_equal(buffer[start : start + part.size], part)
+            found = exchange.finish(handle)
+            at = [part.entries.ctypes.data for part in found]
+            assert located.addresses[:, place].tolist() == at
+            taken = {part.wire_bytes for part in found}
+            assert taken == {located.wire_bytes[place]}
     end.close()
 
 
@@ -141,8 +162,13 @@ GATHERING = [
 
 
 def sizes_may_differ_between_ranks(end: End) -> None:
-    gathered(end, lambda rank, place: 3 * rank + place)
-    gathered(end, lambda rank, place: N if rank == end.exchange.size - 1 else 0)
+    last = end.exchange.size - 1
+    gathered(
+        end,
+        lambda rank, place: 3 * rank + place,
+        most=lambda place: 3 * last + place,
+    )
+    gathered(end, lambda rank, place: N if rank == last else 0, most=lambda place: N)
 
 
 UNEVEN = [sizes_may_differ_between_ranks]
@@ -152,19 +178,27 @@ UNEVEN = [sizes_may_differ_between_ranks]
 
 def payloads_of_other_sizes_are_not_located(comm: Any) -> None:
     end = OverMpi(comm)
-    handle = end.exchange.start("w0", payload(comm.rank, 0, 1 + comm.rank))
+    own = payload(comm.rank, 0, 1 + comm.rank, most=comm.size)
+    handle = end.exchange.start("w0", own)
     end.travel([handle])
-    sizes = np.array([payload(0, 0, 1).size])
-    assert (end.exchange.locate([handle], sizes) is None) == (comm.size > 1)
+    assert end.exchange.locate([handle]) is None
 
 
-def a_payload_may_have_no_bytes(comm: Any) -> None:
+def bytes_travel_beside_payloads_and_without(comm: Any) -> None:
     end, last = OverMpi(comm), comm.size - 1
-    own = payload(comm.rank, 0, 2) if comm.rank == last else np.empty(0, np.uint8)
-    end.travel([end.exchange.start("w0", own)])
-    found = end.exchange.finish(0)
-    assert [part.size for part in found[:last]] == [0] * last
-    np.testing.assert_array_equal(found[last], payload(last, 0, 2))
+    own = np.full(16 * (comm.rank == last), 7, np.uint8)
+    for tensors in (0, 1):
+        handles = [
+            end.exchange.start(f"w{i}", payload(comm.rank, i, 3))
+            for i in range(tensors)
+        ]
+        blob = end.exchange.start_bytes(own)
+        end.travel(handles)
+        found = end.exchange.finish_bytes(blob)
+        assert [part.tolist() for part in found] == [[]] * last + [[7] * 16]
+        for handle in handles:
+            is_same(end.exchange.finish(handle)[last], payload(last, 0, 3))
+        end.close()
 
 
 def dense_tensors_are_summed_beside_payloads(comm: Any) -> None:
@@ -178,9 +212,7 @@ def dense_tensors_are_summed_beside_payloads(comm: Any) -> None:
             assert total.dtype == np.result_type(tensor.dtype, np.float32)
             assert sent_bytes == total.nbytes
             np.testing.assert_array_equal(total, np.full(5, (1 + ranks).sum()))
-        np.testing.assert_array_equal(
-            end.exchange.finish(0)[-1], payload(comm.size - 1, 0, 3)
-        )
+        is_same(end.exchange.finish(0)[-1], payload(comm.size - 1, 0, 3))
         end.close()
 
 
@@ -192,7 +224,7 @@ def two_exchanges_do_not_mix(comm: Any) -> None:
     for end, k in ((second, 4), (first, 2)):
         end.exchange.close_step()
         for rank, part in enumerate(end.exchange.finish(0)):
-            np.testing.assert_array_equal(part, payload(rank, 0, k))
+            is_same(part, payload(rank, 0, k))
 
 
 def arrays_of_one_rank_come_to_all(comm: Any) -> None:
@@ -218,7 +250,7 @@ def what_is_closed_refuses_further_use(comm: Any) -> None:
 
 CARRYING = [
     payloads_of_other_sizes_are_not_located,
-    a_payload_may_have_no_bytes,
+    bytes_travel_beside_payloads_and_without,
     dense_tensors_are_summed_beside_payloads,
     two_exchanges_do_not_mix,
     arrays_of_one_rank_come_to_all,

@@ -36,8 +36,9 @@ from hvd_sparse.core.contracts import (
     offers,
 )
 from hvd_sparse.core.costs import Cost, Message
+from hvd_sparse.core.frame import padded_bytes
 from hvd_sparse.core.levels import Levels
-from hvd_sparse.core.payload import most_elements, padded_bytes
+from hvd_sparse.core.payload import most_elements
 from hvd_sparse.core.sparsifiers import (
     Selecting,
     SignTopK,

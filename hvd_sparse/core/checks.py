@@ -18,8 +18,8 @@ def check_selection(tensor: Tensor, selection: Selection) -> None:
     count, k = indices.shape[0], tensor.header.k
     if dtype_of(indices) != "int32":
         raise ValueError(f"{name}: indices must be int32, got {indices.dtype}")
-    if count != k if not tensor.varies else count > k:
-        most = "at most " if tensor.varies else ""
+    if count != k if not tensor.header.varies else count > k:
+        most = "at most " if tensor.header.varies else ""
         raise ValueError(f"{name}: {most}{k} must be selected, got {count}")
     if dtype_of(values) != tensor.header.wide:
         raise ValueError(

@@ -267,6 +267,18 @@ class Format(Protocol):
         ...
 
 
+class Located(NamedTuple):
+    """Where payloads lie that have arrived, for kernels that take many in one call.
+
+    Attributes:
+        addresses: (ranks, payloads) int64: of the entries of each.
+        wire_bytes: of each payload, what it took on the wire; of every rank as much.
+    """
+
+    addresses: Array
+    wire_bytes: Sequence[int]
+
+
 class Memory(Protocol):
     """Keeps, per tensor, what was not sent."""
 
@@ -290,7 +302,10 @@ class Memory(Protocol):
 
 
 class Exchange(Protocol):
-    """Gives every rank the bytes of every rank.
+    """Gives every rank the payloads of every rank: see `hvd_sparse.core.payload`.
+
+    What travels together is a frame, which the core writes and reads: an exchange
+    carries bytes that it does not understand (`hvd_sparse.core.frame`).
 
     Attributes:
         rank: this process, in [0, size).
@@ -311,30 +326,27 @@ class Exchange(Protocol):
     @property
     def uneven(self) -> bool: ...  # noqa: D102
 
-    def start(self, name: str, payload: Array) -> Any:
+    def start(self, name: str, payload: Any) -> Any:
         """Begin to gather one payload a rank; returns a handle.
 
         The payload keeps its bytes until finish; the next one takes their place.
         """
         ...
 
-    def finish(self, handle: Any) -> Sequence[Array]:
-        """The payloads of all ranks, rank 0 first; empty of one that was missing."""
+    def finish(self, handle: Any) -> Sequence[Any]:
+        """The payloads of all ranks, rank 0 first; None of one that was missing.
+
+        Raises:
+            PayloadError: a rank disagrees, or raised.
+        """
         ...
 
-    def locate(
-        self, handles: Sequence[Any], sizes: Array
-    ) -> tuple[Array, Array] | None:
-        """Where payloads lie, for kernels that take many of them in one call.
-
-        Args:
-            handles: of payloads that have this size on every rank.
-            sizes: (payloads,) int64, in bytes.
+    def locate(self, handles: Sequence[Any]) -> Located | None:
+        """Where payloads lie; raises as `finish`.
 
         Returns:
-            A buffer of uint8 at an address that is a multiple of 8, and (ranks,
-            payloads) int64: where in it each payload begins. None where they do not lie
-            in one, or have other sizes: `finish` gives them one by one.
+            None where ranks have other numbers of entries, or met something that was
+            not finite, or they do not travel together: `finish` gives them one by one.
         """
         ...
 

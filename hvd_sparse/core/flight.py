@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hvd_sparse.core.contracts import Array, Memory, Selection
-from hvd_sparse.core.payload import Header, decode
+from hvd_sparse.core.payload import Header, Payload, decode
 from hvd_sparse.core.plan import Tensor
 
 
@@ -43,17 +43,22 @@ class Flight:
         tensor = self.tensor
         if tensor.in_flight:
             assert tensor.payload is not None
-            own = decode(tensor.payload, tensor.header, varies=True)
+            own = decode(tensor.payload)
             indices = own.indices if self.indices is None else self.indices
             memory.restore(tensor.name, indices, own.values)
             tensor.in_flight = False
 
 
-def last_sent(tensor: Tensor, header: Header) -> Selection:
-    """What this rank sent last, in the step of that header."""
+def last_sent(tensor: Tensor) -> Selection:
+    """What this rank sent last."""
     assert tensor.payload is not None
-    sent = decode(tensor.payload, header, varies=True)
-    indices = drawn(tensor, header)
+    return with_indices(tensor, tensor.payload)
+
+
+def with_indices(tensor: Tensor, payload: Payload) -> Selection:
+    """What is in a payload, and indices that no payload of this tensor carries."""
+    sent = decode(payload)
+    indices = drawn(tensor, payload.header)
     return sent if indices is None else sent._replace(indices=indices)
 
 

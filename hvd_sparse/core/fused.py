@@ -4,15 +4,17 @@ Each gets the same bits as alone; only the loops over them are in the kernels.
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
+
+import numpy as np
 
 from hvd_sparse.core.contracts import Array, Exchange, Memory, PayloadError
 from hvd_sparse.core.flight import Flight
-from hvd_sparse.core.payload import Message, mark_nonfinite
+from hvd_sparse.core.payload import Bytes, Header, Payload, entry_bytes
 from hvd_sparse.kernels import host
 
-_MOST_MESSAGES = 1024  # remembered
+_MOST_ROOMS = 1024  # remembered
 
 Pair = tuple[Flight, Array]  # and its gradient, or where its result goes
 
@@ -24,7 +26,7 @@ class Fused:
         """Nothing is known of any group yet."""
         self._memory = memory
         self._exchange = exchange
-        self._messages: dict[tuple[int, ...], Message] = {}  # by their digests
+        self._rooms: dict[tuple[int, ...], _Room] = {}  # by digests
 
     def select(self, group: Sequence[Pair]) -> None:
         """Accumulate, select and encode; raises before anything is accumulated.
@@ -35,20 +37,18 @@ class Fused:
         flights, gradients = zip(*group, strict=True)
         tensors = [flight.tensor for flight in flights]
         residuals = [self._memory.residual(f.tensor.name, g) for f, g in group]
-        steps = [tensor.header.step for tensor in tensors]
-        payloads, table = self._message(flights).lay_out(steps)
+        parts, table = self._room(flights).lay_out()
         sparsifier: Any = tensors[0].sparsifier  # a Grouped
         nonfinite = sparsifier.select_group(residuals, gradients, table)
-        for flight, tensor, payload, wrong in zip(
-            flights, tensors, payloads, nonfinite, strict=True
+        for flight, tensor, part, wrong in zip(
+            flights, tensors, parts, nonfinite, strict=True
         ):
-            if wrong:
-                mark_nonfinite(payload)
-            tensor.payload = payload
-            tensor.chosen = tensor.header.k
+            header = tensor.header
+            tensor.payload = Payload(header, header.k, bool(wrong), part)
+            tensor.chosen = header.k
             flight.accumulated = tensor.in_flight = True
 
-    def aggregate(self, group: Sequence[Pair], scale: float) -> bool:
+    def aggregate(self, group: Sequence[Pair], scale: float) -> Sequence[int] | None:
         """Sum up what has arrived into the results.
 
         Args:
@@ -57,37 +57,75 @@ class Fused:
             scale: what sums are multiplied with.
 
         Returns:
-            False, and nothing was done, where they must be received one by one.
+            Bytes that each took on the wire; None, and nothing was done, where they
+            must be received one by one.
 
         Raises:
-            PayloadError: a payload is damaged; the text has the tensor.
+            PayloadError: a peer disagrees; the text has the tensor.
         """
         flights, outs = zip(*group, strict=True)
-        tensors = [flight.tensor for flight in flights]
-        message = self._message(flights)
-        handles = [flight.handle for flight in flights]
-        found = self._exchange.locate(handles, message.sizes)
+        found = self._exchange.locate([flight.handle for flight in flights])
         if found is None:
-            return False
-        steps = [tensor.header.step for tensor in tensors]
-        table = message.find_entries(*found, steps)
-        if table is None:
-            return False
+            return None
+        table = self._room(flights).find_entries(found.addresses)
         wrong = host.aggregate_group(outs, table, scale)
         if wrong >= 0:
-            name, n = tensors[wrong].name, tensors[wrong].header.n
+            tensor = flights[wrong].tensor
+            name, n = tensor.name, tensor.header.n
             raise PayloadError(f"{name}: indices must ascend in [0, {n})")
-        return True
+        return found.wire_bytes
 
-    def _message(self, flights: Iterable[Flight]) -> Message:
-        """Its layout: most often the same tensors travel together in every step."""
+    def _room(self, flights: Iterable[Flight]) -> "_Room":
+        """Most often the same tensors are selected together in every step."""
         digests = tuple(flight.tensor.header.digest for flight in flights)
-        if digests not in self._messages:
-            if len(self._messages) == _MOST_MESSAGES:  # gradients come and go
-                self._messages.clear()
-            headers = [flight.tensor.header for flight in flights]
-            self._messages[digests] = Message(headers)
-        return self._messages[digests]
+        if digests not in self._rooms:
+            if len(self._rooms) == _MOST_ROOMS:  # gradients come and go
+                self._rooms.clear()
+            self._rooms[digests] = _Room([flight.tensor.header for flight in flights])
+        return self._rooms[digests]
+
+
+class _Room:
+    """For the entries of some tensors, which are plain arrays, side by side."""
+
+    def __init__(self, headers: Sequence[Header]) -> None:
+        """Of these tensors, in this order; the steps of the headers do not matter."""
+        sizes = [entry_bytes(h.form, h.dtype, h.k) for h in headers]
+        # (payloads, 3) int64: where indices and values begin in the entries, and k
+        self._places = np.array([_places(header) for header in headers])
+        self._bounds = np.concatenate([[0], np.cumsum(sizes)])
+
+    def lay_out(self) -> tuple[list[Bytes], Array]:
+        """Memory for entries, zeros.
+
+        Returns:
+            parts: of each tensor, side by side in fresh memory.
+            table: (payloads, 3) int64: where to write indices and values, as addresses,
+                and k.
+        """
+        buffer = np.zeros(self._bounds[-1], np.uint8)
+        table = self._places.copy()
+        table[:, :2] += (self._bounds[:-1] + host.address(buffer))[:, None]
+        return [buffer[i:j] for i, j in pairwise(self._bounds.tolist())], table
+
+    def find_entries(self, addresses: Array) -> Array:
+        """Where indices and values lie.
+
+        Args:
+            addresses: (ranks, payloads) int64: of the entries of each.
+
+        Returns:
+            (payloads, ranks, 3) int64: addresses of indices and of values, and k.
+        """
+        table = np.repeat(self._places[:, None], len(addresses), axis=1)
+        table[..., :2] += addresses.T[..., None]
+        return table
+
+
+def _places(header: Header) -> tuple[int, int, int]:
+    offsets = header.form.offsets(header.k, header.dtype)
+    assert offsets is not None, "only of plain entries"
+    return (*offsets, header.k)
 
 
 def alike(pairs: Iterable[Pair]) -> list[list[Pair]]:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from hvd_sparse.core.contracts import Array, Exchange, Memory, PayloadError, Selection
-from hvd_sparse.core.flight import Flight, drawn
+from hvd_sparse.core.flight import Flight, with_indices
 from hvd_sparse.core.fused import Fused, Pair, alike
 from hvd_sparse.core.outbound import is_flat
-from hvd_sparse.core.payload import Bytes, decode, step_of
+from hvd_sparse.core.payload import Payload, decode
 from hvd_sparse.core.plan import Plan
 from hvd_sparse.core.residuals import copy_to
 from hvd_sparse.core.scaling import LossScale
@@ -54,12 +54,9 @@ class Inbound:
             return arrived
         others = self._exchange.size - 1
         for group in alike(pair for pair in bucket if _may_join(*pair)):
-            if not self._fused.aggregate(group, self._plan.scale):
-                continue
-            for flight, _ in group:
+            sizes = self._fused.aggregate(group, self._plan.scale)
+            for (flight, _), size in zip(group, sizes or [], strict=bool(sizes)):
                 tensor = flight.tensor
-                assert tensor.payload is not None
-                size = tensor.payload.size
                 self._traffic.count(tensor, tensor.header.k, size, size * others)
                 arrived.add(id(flight))
         return arrived
@@ -75,37 +72,27 @@ class Inbound:
             self._aggregate(flight, payloads, out)
 
     def _decode(self, flight: Flight) -> list[Selection]:
-        tensor = flight.tensor
-        payloads = []
-        received = self._exchange.finish(flight.handle)
-        for rank, buffer in enumerate(received):
-            try:
-                payload = self._decode_one(flight, buffer)
-            except PayloadError as error:
-                text = f"{tensor.name}: rank {rank}: {error}"
-                raise type(error)(text) from None
-            payloads.append(payload)
-        own = received[self._exchange.rank].size
-        others = sum(buffer.size for buffer in received) - own
-        elements = payloads[self._exchange.rank].values.shape[0]
-        self._traffic.count(tensor, elements, own, others)
-        return payloads
+        tensor, own = flight.tensor, self._exchange.rank
+        payloads = self._exchange.finish(flight.handle)
+        sizes = [payload.wire_bytes for payload in payloads if payload is not None]
+        mine = payloads[own]
+        self._traffic.count(
+            tensor, mine.k, mine.wire_bytes, sum(sizes) - mine.wire_bytes
+        )
+        return [self._decode_one(flight, payload) for payload in payloads]
 
-    def _decode_one(self, flight: Flight, buffer: Bytes) -> Selection:
+    def _decode_one(self, flight: Flight, payload: Payload | None) -> Selection:
         """Its indices too, where they did not travel."""
-        tensor, header, indices = flight.tensor, flight.tensor.header, flight.indices
-        if self._exchange.uneven:
-            if not buffer.size:
-                return _NOTHING._replace(values=_NOTHING.values.astype(header.wide))
-            # a rank that missed some exchanges is a few steps behind, for once
-            header = header._replace(step=step_of(buffer))
-            tensor.latest = max(tensor.latest, header.step)
-        selection = decode(buffer, header, varies=tensor.varies)
-        if indices is None:
-            return selection
-        if header.step != tensor.header.step:
-            indices = drawn(tensor, header)
-        return selection._replace(indices=indices)
+        tensor = flight.tensor
+        if payload is None:
+            return _NOTHING._replace(values=_NOTHING.values.astype(tensor.header.wide))
+        # a rank that missed some exchanges is a few steps behind, for once
+        tensor.latest = max(tensor.latest, payload.header.step)
+        if flight.indices is None:
+            return decode(payload)
+        if payload.header.step != tensor.header.step:
+            return with_indices(tensor, payload)
+        return decode(payload)._replace(indices=flight.indices)
 
     def _aggregate(self, flight: Flight, payloads: list[Selection], out: Array) -> None:
         entries = [(payload.indices, payload.values) for payload in payloads]

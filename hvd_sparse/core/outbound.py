@@ -9,7 +9,7 @@ from hvd_sparse.core.checks import check_selection
 from hvd_sparse.core.contracts import Array, Exchange, Memory, Selection
 from hvd_sparse.core.flight import Flight
 from hvd_sparse.core.fused import Fused, Pair, alike
-from hvd_sparse.core.payload import Bytes, encode
+from hvd_sparse.core.payload import Payload, encode
 from hvd_sparse.core.plan import Tensor
 
 _CACHED = 1 << 16  # elements, below which another pass over a gradient costs little
@@ -56,7 +56,7 @@ class Outbound:
         if tensor.unindexed:
             flight.indices = selection.indices
 
-    def _encode(self, tensor: Tensor, selection: Selection) -> Bytes:
+    def _encode(self, tensor: Tensor, selection: Selection) -> Payload:
         """Its payload; from here on what was selected is in there, or back again."""
         indices, values, _ = selection
         try:

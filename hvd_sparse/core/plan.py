@@ -31,7 +31,7 @@ from hvd_sparse.core.contracts import (
     offers,
 )
 from hvd_sparse.core.formats import Float32, Sign, Values
-from hvd_sparse.core.payload import DTYPES, Bytes, Header
+from hvd_sparse.core.payload import DTYPES, Header, Payload
 from hvd_sparse.core.routing import Dense, Never, WhenCheaper
 from hvd_sparse.core.sparsifiers import elements, fixed_density, format_of
 from hvd_sparse.kernels.host import is_one_part
@@ -46,8 +46,7 @@ class Tensor:
 
     Attributes:
         sparsifier: the plan's, seeded for this tensor where that matters.
-        header: what travels with each payload; k is the most where `varies`.
-        varies: the sparsifier chooses k from local data.
+        header: what ranks agree on; its k is the most where they choose.
         follows: its choice depends on how many it chose last.
         unindexed: every rank knows which indices, which do not travel.
         clears: the sparsifier leaves zeros where the gradient was, if it is asked to.
@@ -56,7 +55,7 @@ class Tensor:
         plain: small, on the host, and its payloads have a fixed size and entries that
             are plain arrays: kernels may sum up it and others in one call.
         grouped: they may select from it and others in one call.
-        payload: the last one's bytes; their memory serves the next.
+        payload: the last one; its memory serves the next.
         in_flight: sent and not received yet.
         delivered: what was sent in this step has been handed back.
         latest: the step of the rank that is furthest, where ranks may be apart.
@@ -70,7 +69,6 @@ class Tensor:
     itemsize: int
     sparsifier: Sparsifier
     header: Header
-    varies: bool
     follows: bool
     unindexed: bool
     clears: bool
@@ -78,7 +76,7 @@ class Tensor:
     trusted: bool
     plain: bool
     grouped: bool
-    payload: Bytes | None = None
+    payload: Payload | None = None
     in_flight: bool = False
     delivered: bool = False
     latest: int = 0
@@ -97,8 +95,8 @@ class Tensor:
 
     def at_step(self, step: int) -> None:
         """Count the exchanges of this tensor."""
-        layout, dtype, n, k, _, digest = self.header
-        self.header = Header(layout, dtype, n, k, step, digest)
+        layout, dtype, n, k, _, digest, varies = self.header
+        self.header = Header(layout, dtype, n, k, step, digest, varies)
 
     @property
     def route(self) -> str:
@@ -205,8 +203,7 @@ class Plan:
             gradient.dtype,
             gradient.dtype.itemsize,
             sparsifier,
-            Header(form.layout, dtype, n, k, step, digest=0),
-            varies=varies,
+            Header(form.layout, dtype, n, k, step, digest=0, varies=varies),
             follows=offers(sparsifier, Following),
             unindexed=_is_shared(sparsifier),
             clears=_is_proved(sparsifier) and sparsifier.clears,

@@ -74,7 +74,7 @@ class Residuals:
         """A copy of its residual, with what is on its way."""
         residual = deepcopy(self._memory.residuals.get(tensor.name))
         if tensor.in_flight and residual is not None:
-            sent = last_sent(tensor, tensor.header)
+            sent = last_sent(tensor)
             kernels_for(residual).add_at(residual, sent.indices, sent.values)
         return residual
 

@@ -14,7 +14,6 @@ import numpy as np
 
 from hvd_sparse.core.contracts import Array, Memory, Scaler, offers
 from hvd_sparse.core.flight import last_sent
-from hvd_sparse.core.payload import step_of
 from hvd_sparse.core.plan import Plan
 
 
@@ -75,9 +74,7 @@ class LossScale:
             return
         for tensor in self._plan.tensors.values():
             if tensor.delivered:
-                assert tensor.payload is not None
-                header = tensor.header._replace(step=step_of(tensor.payload))
-                sent = last_sent(tensor, header)
+                sent = last_sent(tensor)
                 self._memory.restore(tensor.name, sent.indices, sent.values)
                 tensor.delivered = False
 

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hvd_sparse.core.frame import MARK_BYTES
 from hvd_sparse.core.path import GradientPath
+from hvd_sparse.core.payload import Payload
 from hvd_sparse.core.sparsifiers import TopK
 
 Array = npt.NDArray[Any]
@@ -45,17 +47,17 @@ class Echo:
         self.size = size
         self.sent_bytes = 0
 
-    def start(self, name: str, payload: Array) -> Array:
+    def start(self, name: str, payload: Payload) -> Payload:
         """The payload itself is the handle."""
         del name
-        self.sent_bytes += payload.size
+        self.sent_bytes += payload.entries.size + MARK_BYTES
         return payload
 
-    def finish(self, handle: Array) -> Sequence[Array]:
+    def finish(self, handle: Payload) -> Sequence[Payload]:
         """As often as there are ranks."""
         return [handle] * self.size
 
-    def locate(self, handles: Sequence[Array], sizes: Array) -> None:
+    def locate(self, handles: Sequence[Payload]) -> None:
         """Each by itself."""
 
     def start_dense(self, name: str, gradient: Array) -> Any:

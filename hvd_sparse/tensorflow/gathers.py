@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
-from hvd_sparse.core.contracts import PayloadError
-from hvd_sparse.core.payload import padded_bytes, split
+from hvd_sparse.core.frame import Frame, Received, padded_bytes, split
+from hvd_sparse.core.payload import Payload, Raised
 
 Array = npt.NDArray[Any]
 
@@ -22,7 +21,7 @@ class GraphExchange:
         """Args: group: returns the process set. padded: ranks choose k themselves."""
         self._group = group
         self._padded = padded
-        self._sent: dict[str, Array] = {}
+        self._sent: dict[str, Frame] = {}
         self._gathered: dict[str, Array] = {}
 
     @property
@@ -35,32 +34,28 @@ class GraphExchange:
         """Processes in the process set."""
         return int(self._group().size())
 
-    def start(self, name: str, payload: Array) -> str:
+    def start(self, name: str, payload: Payload | Raised) -> str:
         """It leaves when the graph asks for it."""
-        self._sent[name] = payload
+        self._sent[name] = Frame([(name, payload)])
         return name
 
     def outgoing(self, name: str) -> Array:
         """(bytes,) uint8: what the graph is to gather."""
-        payload = self._sent[name]
-        missing = padded_bytes(payload.size) - payload.size if self._padded else 0
+        frame = self._sent[name]
         # a copy in any case: the path reuses the payload's memory
-        outgoing: Array = np.concatenate([payload, np.zeros(missing, np.uint8)])
-        return outgoing
+        return frame.bytes(padded_bytes(frame.size) if self._padded else None)
 
     def deliver(self, name: str, gathered: Array) -> None:
         """What the graph has gathered of all ranks."""
         self._gathered[name] = gathered
 
-    def finish(self, handle: str) -> list[Array]:
+    def finish(self, handle: str) -> Sequence[Payload | None]:
         """The payloads of all ranks."""
-        gathered = _aligned(self._gathered.pop(handle))
-        payloads = split(gathered, padded=self._padded)
-        if len(payloads) != self.size:
-            raise PayloadError(f"{len(payloads)} payloads, expected {self.size}")
-        return payloads
+        gathered, frame = _aligned(self._gathered.pop(handle)), self._sent[handle]
+        parts = split(gathered, handle, ranks=self.size, padded=self._padded)
+        return Received(frame, parts).payloads(0)
 
-    def locate(self, handles: Sequence[str], sizes: Array) -> None:
+    def locate(self, handles: Sequence[str]) -> None:
         """Each in a tensor of its own."""
 
     def start_dense(self, name: str, gradient: Array) -> Any:

@@ -16,7 +16,7 @@ from hvd_sparse.core.contracts import ExchangeError
 from hvd_sparse.core.flight import Flight
 from hvd_sparse.core.interrupts import Uninterrupted
 from hvd_sparse.core.path import GradientPath
-from hvd_sparse.core.payload import encode_error
+from hvd_sparse.core.payload import Raised
 from hvd_sparse.tensorflow.buffers import Buffers
 from hvd_sparse.tensorflow.gathers import GraphExchange
 from hvd_sparse.watchdog import Watchdog
@@ -127,7 +127,7 @@ class Step:
                 self._keep(name, gradient)
         self._flights.watchdog.sent(name, 0)
         self._told = True
-        self._flights.exchange.start(name, encode_error(self._error))
+        self._flights.exchange.start(name, Raised(self._error))
         return self._flights.exchange.outgoing(name)
 
     def _keep(self, name: str, gradient: Array) -> None:

@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
-from hvd_sparse.core.contracts import PayloadError
-from hvd_sparse.core.payload import padded_bytes, split
+from hvd_sparse.core.contracts import Located
+from hvd_sparse.core.frame import Frame, Received, padded_bytes, split
+from hvd_sparse.core.payload import Payload, Raised
 
 Array = npt.NDArray[Any]
 
@@ -28,7 +28,8 @@ class Batch:
     def clear(self) -> None:
         """Empty again."""
         self.present: set[str] = set()  # some of them may have no payload yet
-        self.payloads: dict[str, Array] = {}
+        self.payloads: dict[str, Payload | Raised] = {}
+        self.frame: Frame | None = None  # once it leaves
         self.handle: int | None = None
 
     @property
@@ -45,31 +46,36 @@ class Batch:
 
     def joined(self, *, padded: bool) -> Array:
         """(bytes,) uint8: the payloads in the order of their names, and padding."""
-        parts = [self.payloads[name] for name in sorted(self.payloads)]
-        if padded:
-            size = sum(part.size for part in parts)
-            parts.append(np.zeros(padded_bytes(size) - size, np.uint8))
-        return np.concatenate(parts)
+        self.frame = Frame(sorted(self.payloads.items()))
+        return self.frame.bytes(padded_bytes(self.frame.size) if padded else None)
 
 
 class Arrival:
     """What all ranks sent in one batch."""
 
-    def __init__(self, names: list[str], buffer: Array) -> None:
-        """Of these tensors, in this order; the payloads of a rank side by side."""
-        self.names = names
-        self.buffer = buffer
-        self._payloads: list[Array] = []
+    def __init__(self, frame: Frame, buffer: Array, *, padded: bool) -> None:
+        """Args: frame: this rank's; buffer: the frames of all of them, side by side."""
+        self.names = frame.names
+        self._frame = frame
+        self._buffer = buffer
+        self._padded = padded
+        self._received: Received | None = None
 
-    def payloads(self, name: str, ranks: int, *, padded: bool) -> Sequence[Array]:
+    def received(self, ranks: int) -> Received:
+        """Raises PayloadError unless all ranks agree."""
+        if self._received is None:
+            first, padded = self.names[0], self._padded
+            parts = split(self._buffer, first, ranks=ranks, padded=padded)
+            self._received = Received(self._frame, parts)
+        return self._received
+
+    def payloads(self, name: str, ranks: int) -> Sequence[Payload | None]:
         """Those of one tensor, rank 0 first."""
-        each = len(self.names)
-        if not self._payloads:
-            self._payloads = split(self.buffer, each=each, padded=padded)
-        if len(self._payloads) != ranks * each:
-            raise PayloadError(
-                f"{name}: {len(self._payloads)} payloads came of those that travel "
-                f"together, expected {each} of each rank; is one of these parameters "
-                "frozen on some ranks only?"
-            )
-        return self._payloads[self.names.index(name) :: each]
+        return self.received(ranks).payloads(self.names.index(name))
+
+    def locate(self, names: Sequence[str], ranks: int) -> Located | None:
+        """As of `Exchange`."""
+        received = self.received(ranks)
+        if not set(names) <= set(self.names):
+            return None
+        return received.locate([self.names.index(name) for name in names])

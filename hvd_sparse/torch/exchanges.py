@@ -6,7 +6,6 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -14,10 +13,13 @@ from hvd_sparse.carriers import embed, extract
 from hvd_sparse.core.contracts import (
     Average,
     ExchangeError,
+    Located,
     Op,
     PayloadError,
     Sum,
 )
+from hvd_sparse.core.frame import Frame, Received
+from hvd_sparse.core.payload import Payload, Raised
 from hvd_sparse.torch import elastic
 from hvd_sparse.torch.batches import Arrival, Batch
 
@@ -175,7 +177,7 @@ class GatheredExchange(_HorovodExchange):
         """
         return self._enter(name).awaited
 
-    def start(self, name: str, payload: Array) -> str:
+    def start(self, name: str, payload: Payload | Raised) -> str:
         """The payload leaves with the last one of its batch."""
         batch = self._enter(name)
         batch.payloads[name] = payload
@@ -202,7 +204,8 @@ class GatheredExchange(_HorovodExchange):
 
     def _gather(self, batch: Batch) -> None:
         joined = batch.joined(padded=self._padded)
-        self._padding += joined.size - sum(p.size for p in batch.payloads.values())
+        assert batch.frame is not None
+        self._padding += joined.size - batch.frame.size
         try:
             batch.handle = horovod().allgather_async(
                 torch.from_numpy(joined), name=batch.name, process_set=self._group()
@@ -212,13 +215,14 @@ class GatheredExchange(_HorovodExchange):
             raise
 
     def _await(self, batch: Batch) -> None:
-        names, handle = sorted(batch.payloads), batch.handle
+        frame, handle = batch.frame, batch.handle
+        assert frame is not None, "it has left"
         batch.clear()
         gathered = horovod().synchronize(handle)
         if gathered is None:
             raise ExchangeError("Horovod was shut down with payloads on their way")
-        arrival = Arrival(names, gathered.numpy())
-        self._arrived.update(dict.fromkeys(names, arrival))
+        arrival = Arrival(frame, gathered.numpy(), padded=self._padded)
+        self._arrived.update(dict.fromkeys(arrival.names, arrival))
 
     def arrive(self, handle: str) -> Arrival:
         """Wait for the batch that this payload is in.
@@ -262,21 +266,15 @@ class GatheredExchange(_HorovodExchange):
         for name in arrival.names:
             self._arrived.pop(name, None)
 
-    def finish(self, handle: str) -> Sequence[Array]:
+    def finish(self, handle: str) -> Sequence[Payload | None]:
         """The payloads of all ranks."""
-        payloads = self.arrive(handle).payloads(handle, self.size, padded=self._padded)
+        payloads = self.arrive(handle).payloads(handle, self.size)
         del self._arrived[handle]
         return payloads
 
-    def locate(
-        self, handles: Sequence[str], sizes: Array
-    ) -> tuple[Array, Array] | None:
-        """Where they lie, if together they are all of what arrived in one batch."""
-        arrival, row = self._arrived[handles[0]], int(sizes.sum())
-        if arrival.names != list(handles) or arrival.buffer.size != self.size * row:
-            return None
-        starts = np.cumsum(sizes) - sizes
-        return arrival.buffer, starts + row * np.arange(self.size)[:, None]
+    def locate(self, handles: Sequence[str]) -> Located | None:
+        """Where they lie, if all arrived in one batch."""
+        return self._arrived[handles[0]].locate(handles, self.size)
 
     def to_reduce(self, handle: str) -> Tensor:
         """1 from every rank and 1 from the first: what becomes of them tells the op."""
@@ -325,8 +323,8 @@ class EmbeddedExchange(_HorovodExchange):
     def __init__(self, group: Any) -> None:
         """Args: group: returns the process set."""
         super().__init__(group)
-        self._sent: dict[str, Array] = {}
-        self._payloads: dict[str, list[Array]] = {}
+        self._sent: dict[str, Frame] = {}
+        self._received: dict[str, Received] = {}
 
     def plan(self, sizes: dict[str, int]) -> None:
         """Every payload travels alone."""
@@ -344,38 +342,38 @@ class EmbeddedExchange(_HorovodExchange):
     def drain(self) -> None:
         """All is on its way with what Horovod reduces."""
         self._sent.clear()
-        self._payloads.clear()
+        self._received.clear()
 
     def forget(self) -> None:
         """Nor has it arrived."""
         super().forget()
         self._sent.clear()
-        self._payloads.clear()
+        self._received.clear()
 
-    def start(self, name: str, payload: Array) -> str:
+    def start(self, name: str, payload: Payload | Raised) -> str:
         """It leaves when Horovod reduces it."""
-        self._sent[name] = payload
+        self._sent[name] = Frame([(name, payload)])
         return name
 
-    def locate(self, handles: Sequence[str], sizes: Array) -> None:
+    def locate(self, handles: Sequence[str]) -> None:
         """Each came by itself."""
 
     def to_reduce(self, handle: str) -> Tensor:
         """The payload in this rank's slot."""
-        return torch.from_numpy(embed(self._sent[handle], self.rank, self.size))
+        return torch.from_numpy(embed(self._sent[handle].bytes(), self.rank, self.size))
 
     def reduced(self, handle: str, result: Tensor) -> Op:
         """The op; the payloads are kept for `finish`."""
         try:
-            payloads, scale = extract(result.numpy(), self.size)
+            parts, scale = extract(result.numpy(), self.size)
         except PayloadError as error:
             raise PayloadError(f"{handle}: {error}") from None
-        self._payloads[handle] = payloads
+        self._received[handle] = Received(self._sent[handle], parts, uneven=True)
         return Sum if abs(scale - 1) < 0.25 / self.size else Average
 
-    def finish(self, handle: str) -> Sequence[Array]:
+    def finish(self, handle: str) -> Sequence[Payload | None]:
         """They came with what Horovod reduced."""
-        return self._payloads.pop(handle)
+        return self._received.pop(handle).payloads(0)
 
     def bytes_beside(self, reduced: Tensor, tensors: int) -> tuple[int, int]:
         """As above, of one tensor."""

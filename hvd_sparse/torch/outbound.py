@@ -10,8 +10,9 @@ from contextlib import suppress
 
 import torch
 
+from hvd_sparse.core.frame import frame_bytes
 from hvd_sparse.core.path import GradientPath
-from hvd_sparse.core.payload import encode_error
+from hvd_sparse.core.payload import Raised
 from hvd_sparse.core.plan import Tensor as Admitted
 from hvd_sparse.torch.exchanges import EmbeddedExchange, GatheredExchange
 from hvd_sparse.torch.places import Place
@@ -188,8 +189,8 @@ class Outbound:
         self._step.keep(context)
         known, size = self._path.plan.tensors.get(context.name), None
         if not self._carrier.batched and known is not None:
-            size = known.header.payload_bytes
-        self._carrier.start(context.name, encode_error(failure.error, size))
+            size = frame_bytes([known.header])
+        self._carrier.start(context.name, Raised(failure.error, size))
         context.excused = failure.told = True
 
     def _refuse(self, context: Context, known: Admitted) -> Tensor:

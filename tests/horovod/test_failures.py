@@ -196,11 +196,11 @@ def test_a_damaged_payload_fails_the_step_of_all_tensors(
 ):
     if apart:
         monkeypatch.setattr(exchanges, "BATCH_BYTES", 1)
-    at, bits, told = DAMAGES[where]
+    spoil, told = DAMAGES[where]
     told = rf"^0\.weight: (rank {hvd.size() - 1}: )?.*{told}"
 
     def prepare(patch, compression):
-        damage(patch, compression._carrier, "0.weight", at, bits)
+        damage(patch, compression._carrier, "0.weight", spoil)
 
     check(Job(TopK(0.05), carrier), prepare, ExchangeError, told)
 

@@ -29,6 +29,7 @@ from hvd_sparse import (
     TopK,
     WhenCheaper,
 )
+from hvd_sparse.core.frame import Frame
 from hvd_sparse.mpi import SparseAllreduce, measure
 from hvd_sparse.transport.mpi import failure, protocol
 from hvd_sparse.transport.mpi.exchange import MpiExchange
@@ -887,20 +888,29 @@ def test_what_was_selected_twice_is_put_back_once(dtype):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("place", [0, 48], ids=["magic", "first index"])
+@pytest.mark.parametrize("where", ["magic", "first index"])
 def test_a_damaged_payload_returns_what_all_tensors_of_its_group_sent(
-    place, monkeypatch
+    where, monkeypatch
 ):
     mine = {name: np.arange(1, 9, dtype=np.float32) for name in "abc"}
     with SparseAllreduce(TopK(0.5), comm=COMM, dense=Never(), timeout_s=5) as reduce:
-        close = MpiExchange.close_step
+        close, write = MpiExchange.close_step, Frame.write
 
         def damaged(self):
             close(self)
-            self.finish(1)[-1][place : place + 4] = 0xEE
+            self.finish(1)[-1].entries[16:20] = 0xEE
 
-        monkeypatch.setattr(MpiExchange, "close_step", damaged)
-        with pytest.raises(PayloadError, match="b: "):
+        def damaged_magic(self, out):
+            write(self, out)
+            out[0] ^= RANK == SIZE - 1
+
+        if where == "magic":
+            monkeypatch.setattr(Frame, "write", damaged_magic)
+            told = f"a: rank {SIZE - 1}: format b'IVSP' version 2, expected b'HVSP'"
+        else:
+            monkeypatch.setattr(MpiExchange, "close_step", damaged)
+            told = "b: "
+        with pytest.raises(PayloadError, match=told):
             reduce.grouped_allreduce(mine)
         for name, gradient in mine.items():
             residual = reduce.state_dict()["tensors"][name]["residual"]

@@ -85,10 +85,10 @@ def test_a_rank_that_raises_is_heard_by_all_and_nothing_is_lost(stage):
 @pytest.mark.skipif(COMM.size == 1, reason="its own payload does not move: mpirun")
 @pytest.mark.parametrize("where", DAMAGES)
 def test_a_damaged_payload_fails_the_step_of_all_tensors(where):
-    at, bits, told = DAMAGES[where]
+    spoil, told = DAMAGES[where]
     check(
         TopK(0.05),
-        lambda patch, reduce: damage(patch, reduce._exchange, "middle", at, bits),
+        lambda patch, reduce: damage(patch, reduce._exchange, "middle", spoil),
         PayloadError,
         f"middle: (rank {LAST}: )?.*{told}",
     )

@@ -15,7 +15,7 @@ from struct import Struct
 
 _FORMAT = Struct("<4sBB2xqq16s")
 _MAGIC = b"HVSA"
-_VERSION = 1
+_VERSION = 2
 STEP_HEADER_BYTES = _FORMAT.size
 
 Row = tuple[str, tuple[int, ...], str, int, str, int]

@@ -93,10 +93,10 @@ class Broadcast:
         rows = [(a.name, a.shape, a.dtype, 0, "broadcast", 0) for a in arrays]
         also = f" and {described}" if described else ""
         own = np.frombuffer(blake2b(layout.encode(), digest_size=16).digest(), np.uint8)
-        handle = self._exchange.start("layout", own)
+        handle = self._exchange.start_bytes(own)
         self._exchange.open(rows, f"root {self._root}{also}")
         self._exchange.close_step()
-        layouts = {digest.tobytes() for digest in self._exchange.finish(handle)}
+        layouts = {digest.tobytes() for digest in self._exchange.finish_bytes(handle)}
         self._exchange.clear()
         return len(layouts) == 1
 

@@ -1,16 +1,20 @@
 """What a step sends and receives, as it lies in memory.
 
-The payloads of a rank travel as words of 8 bytes: their sizes, then their bytes. Dense
-tensors travel side by side, one buffer a dtype. Nothing in this file communicates.
+What a rank gathers are words of 8 bytes: the frame of its payloads, if there are any,
+then the sizes of its blobs, then these. Dense tensors travel side by side, one buffer a
+dtype. Nothing in this file communicates.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hvd_sparse.core.contracts import ExchangeError
+from hvd_sparse.core.contracts import ExchangeError, Located
+from hvd_sparse.core.frame import Frame, Received, read_head
+from hvd_sparse.core.payload import Payload
 
 Array = npt.NDArray[Any]
 
@@ -21,7 +25,8 @@ class Buffers:
     """Of one rank; filled from step to step, since fresh pages cost more than copying.
 
     Attributes:
-        payloads: to be sent: uint8, multiples of 8 bytes.
+        payloads: to be sent, and their names.
+        blobs: to be sent: uint8, multiples of 8 bytes.
         tensors: to be reduced: (n,) floating.
         dense: per dtype of a sum, the tensors side by side, then their sums.
     """
@@ -37,19 +42,24 @@ class Buffers:
 
     def clear(self) -> None:
         """Nothing is to be sent, nothing has arrived; the memory stays."""
-        self.payloads: list[Array] = []
+        self.payloads: list[tuple[str, Payload]] = []
+        self.blobs: list[Array] = []
         self.tensors: list[Array] = []
-        self._starts = self._sizes = np.empty((self._size, 0), np.int64)
+        self._frame: Frame | None = None
+        self._received: Received | None = None
+        self._blobs: list[list[Array]] = []
         self._sums: list[Array] = []
 
     # ------------------------------------------------------------------- on the way out
 
     def close(self) -> int:
         """All is there: copies what is reduced. Returns bytes to gather from here."""
-        self._own = np.array([payload.nbytes for payload in self.payloads], np.int64)
+        self._frame = Frame(self.payloads) if self.payloads else None
+        self._own = np.array([blob.nbytes for blob in self.blobs], np.int64)
         for dtype in self.dense:
             self._side_by_side(dtype)
-        return self._own.nbytes + int(self._own.sum())
+        framed = self._frame.size if self._frame else 0
+        return framed + self._own.nbytes + int(self._own.sum())
 
     def _side_by_side(self, dtype: Any) -> None:
         """16-bit and float32 tensors as float32, or float64 ones."""
@@ -71,20 +81,36 @@ class Buffers:
             self._words = np.empty(sum(counts), np.int64)
         start = sum(counts[:rank])
         part = self._words[start : start + counts[rank]]
-        np.concatenate(
-            [self._own, *(p.view(np.int64) for p in self.payloads)], out=part
-        )
+        if self._frame:
+            self._frame.write(part.view(np.uint8)[: self._frame.size])
+            part = part[self._frame.size // WORD :]
+        if self.blobs:
+            blobs = (blob.view(np.int64) for blob in self.blobs)
+            np.concatenate([self._own, *blobs], out=part)
         return self._words
 
     # ---------------------------------------------------------------- when all is there
 
     def open(self, counts: list[int]) -> None:
-        """Find payloads and sums in what has arrived.
+        """Find payloads, blobs and sums in what has arrived.
 
         Raises:
-            ExchangeError: the sizes that came are not those of these counts.
+            ExchangeError: a rank disagrees, or sizes are not those of these counts.
         """
-        self._starts, self._sizes = _unframe(self._words, counts, len(self.payloads))
+        ends = np.cumsum(counts).tolist()
+        parts = [
+            self._words[end - count : end]
+            for count, end in zip(counts, ends, strict=True)
+        ]
+        if self._frame:
+            name, frames, rest = self.payloads[0][0], [], []
+            for rank, part in enumerate(parts):
+                data = part.view(np.uint8)
+                words = read_head(data, f"{name}: rank {rank}").words
+                frames.append(data[: words * WORD])
+                rest.append(part[words:])
+            self._received, parts = Received(self._frame, frames), rest
+        self._blobs = [_unpack(part, len(self.blobs)) for part in parts]
         self._sums = self._as_started()
 
     def _as_started(self) -> list[Array]:
@@ -98,18 +124,20 @@ class Buffers:
             sums.append(self.dense[dtype][first : taken[dtype]])
         return sums
 
-    def received(self, place: int) -> list[Array]:
-        """The payloads of all ranks that were sent at this place, as views."""
-        starts, sizes = self._starts[:, place], self._sizes[:, place]
-        data = self._words.view(np.uint8)
-        places = zip(starts.tolist(), sizes.tolist(), strict=True)
-        return [data[start : start + size] for start, size in places]
+    @property
+    def received(self) -> Received:
+        """The payloads of all ranks."""
+        if self._received is None:
+            raise IndexError("no payload has come")
+        return self._received
 
-    def locate(self, places: Sequence[int], sizes: Array) -> tuple[Array, Array] | None:
+    def locate(self, places: Sequence[int]) -> Located | None:
         """As `Exchange.locate`."""
-        if not (self._sizes[:, places] == sizes).all():
-            return None
-        return self._words.view(np.uint8), self._starts[:, places]
+        return self.received.locate(places)
+
+    def gathered(self, place: int) -> list[Array]:
+        """The blobs of all ranks that were sent at this place, as views."""
+        return [blobs[place] for blobs in self._blobs]
 
     def sum(self, place: int) -> Array:
         """The sum over ranks of the tensor at this place, float32 or float64."""
@@ -120,16 +148,10 @@ def _dtype_of_sum(tensor: Array) -> Any:
     return np.float64 if tensor.dtype == np.float64 else np.float32
 
 
-def _unframe(received: Array, counts: list[int], payloads: int) -> tuple[Array, Array]:
-    """(ranks, payloads) int64 each: where payloads begin, and their sizes, in bytes."""
-    starts = np.empty((len(counts), payloads), np.int64)
-    sizes = np.empty_like(starts)
-    start = 0
-    for rank, count in enumerate(counts):
-        own = received[start : start + payloads]
-        if payloads > count or int(own.sum()) != (count - payloads) * WORD:
-            raise ExchangeError(f"payload sizes do not add up to {count * WORD} bytes")
-        first = (start + payloads) * WORD
-        sizes[rank], starts[rank] = own, first + np.cumsum(own) - own
-        start += count
-    return starts, sizes
+def _unpack(part: Array, count: int) -> list[Array]:
+    """(bytes,) uint8 each: the blobs that follow their sizes in these words."""
+    sizes = part[:count].tolist()
+    if count > part.size or sum(sizes) != (part.size - count) * WORD:
+        raise ExchangeError(f"sizes do not add up to {part.nbytes} bytes")
+    data, starts = part[count:].view(np.uint8), [0, *accumulate(sizes)]
+    return [data[start:end] for start, end in pairwise(starts)]

@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvd_sparse.core.contracts import Arrived, Communicator, ExchangeError
+from hvd_sparse.core.contracts import (
+    Arrived,
+    Communicator,
+    ExchangeError,
+    Located,
+)
+from hvd_sparse.core.payload import Payload
 from hvd_sparse.transport.mpi import protocol
 from hvd_sparse.transport.mpi.agreement import STEP_HEADER_BYTES, Row
 from hvd_sparse.transport.mpi.buffers import WORD, Buffers
@@ -66,7 +72,6 @@ class MpiExchange:
 
     def _forget(self) -> None:
         self._buffers.clear()
-        self._payloads = self._buffers.payloads  # of the next step
         self._deadline.forget()
         self._protocol: protocol.Steps[None] | None = None
         self._what = ""
@@ -74,21 +79,27 @@ class MpiExchange:
 
     # ------------------------------------------------------------- Exchange protocol
 
-    def start(self, name: str, payload: Array) -> int:
+    def start(self, name: str, payload: Payload) -> int:
         """Add a payload to the step that begins with `open`."""
-        del name
-        self._payloads.append(payload)
-        return len(self._payloads) - 1
+        self._buffers.payloads.append((name, payload))
+        return len(self._buffers.payloads) - 1
 
-    def finish(self, handle: int) -> Sequence[Array]:
+    def finish(self, handle: int) -> Sequence[Payload | None]:
         """The payloads of all ranks, after `close_step`."""
-        return self._buffers.received(handle)
+        return self._buffers.received.payloads(handle)
 
-    def locate(
-        self, handles: Sequence[int], sizes: Array
-    ) -> tuple[Array, Array] | None:
-        """Where payloads of these sizes lie."""
-        return self._buffers.locate(handles, sizes)
+    def locate(self, handles: Sequence[int]) -> Located | None:
+        """Where payloads lie."""
+        return self._buffers.locate(handles)
+
+    def start_bytes(self, data: Array) -> int:
+        """Add (bytes,) uint8 that are no payload; a multiple of 8."""
+        self._buffers.blobs.append(data)
+        return len(self._buffers.blobs) - 1
+
+    def finish_bytes(self, handle: int) -> Sequence[Array]:
+        """Those of all ranks, rank 0 first."""
+        return self._buffers.gathered(handle)
 
     def start_dense(self, name: str, gradient: Array) -> int:
         """Add a tensor to the dense allreduce of the step; (n,), on host or device."""
@@ -116,7 +127,7 @@ class MpiExchange:
     ) -> protocol.Steps[None]:
         given = self._comm, self.step, rows, configuration, self._buffers
         yield from protocol.exchange(*given)
-        self.overhead_bytes = STEP_HEADER_BYTES + WORD * len(self._payloads)
+        self.overhead_bytes = STEP_HEADER_BYTES + WORD * len(self._buffers.blobs)
         self.step += 1
 
     def begin_broadcast(self, arrays: Sequence[Array], root: int, what: str) -> None:

@@ -37,10 +37,10 @@ def measure(
     exchange = MpiExchange(comm, timeout_s)
 
     def gather(payload: Array) -> list[Array]:
-        handle = exchange.start("measure", payload)
+        handle = exchange.start_bytes(payload)
         exchange.open([("measure", (), "bytes", 0, "bytes", 0)], "measure")
         exchange.close_step()
-        received = list(exchange.finish(handle))
+        received = list(exchange.finish_bytes(handle))
         exchange.clear()
         return received
 
