@@ -82,7 +82,7 @@ class Sparsifier(Protocol):
 
     This is all a custom sparsifier implements. If it is a `FixedDensity` as well, it
     selects exactly k; otherwise k is the most it may select, and what it did select
-    travels in the header.
+    travels beside it.
     """
 
     def select(self, residual: Array, gradient: Array, k: int, step: int) -> Selection:
@@ -228,7 +228,7 @@ class Format(Protocol):
     """Which bytes the entries of a payload become, and how many for k of them.
 
     Attributes:
-        layout: what the header calls it, in [1, 255].
+        layout: its number, which ranks agree on.
     """
 
     @property

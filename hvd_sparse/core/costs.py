@@ -75,7 +75,10 @@ class Count(Protocol):
 
 @dataclass(frozen=True)
 class Payload:
-    """C(T) = the bytes that are sent for T elements, header and padding among them.
+    """C(T) = the bytes that are sent for T elements of a tensor that travels alone.
+
+    Header and padding are among them. Together with others it takes fewer: see
+    `hvd_sparse.core.frame`.
 
     With TopK a payload of this kind is best spent on a handful of elements: the header
     is all there is to share. See `PaperPayload` for what becomes of it without one.

@@ -2,7 +2,7 @@
 
 An entry is an index and a value. `values=` of an integration chooses how values travel;
 indices are int32, unless every rank knows them and they stay at home. What is before
-the entries, the header, is the business of `hvd_sparse.core.payload`.
+the entries is the business of `hvd_sparse.core.frame`.
 
 | layout | format | bytes of k entries, values of v bytes |
 |---|---|---|

@@ -291,23 +291,18 @@ class Received:
         self, rank: int, marks: Bytes, head: Head, headers: Sequence[Header]
     ) -> None:
         layout = self._frame.layout
-        step, digest = agreed(headers, layout)
         if marks.size < len(headers):
             text = f"frame of {HEAD_BYTES + marks.size} bytes, expected at least "
             raise self._error(rank, 0, f"{text}{layout.marks_end}")
         [differing] = np.nonzero((marks & _MARK) != marks_of(headers, layout))
-        if (head.step, head.digest) == (step % _STEPS, digest) and not differing.size:
-            return
-        place = int(differing[0]) if differing.size else 0
-        if head.digest == digest:
-            text = f"step {head.step}, expected {step % _STEPS}"
-        else:  # of which nobody can read anything
-            _, dtype, n, k, *_ = headers[place]
-            text = (
-                f"digest {head.digest}, expected {digest}: shape, dtype, step or "
-                f"configuration differ, here {k} of {n} elements, {dtype}, step {step}"
-            )
-        raise self._error(rank, place, text)
+        step, digest = agreed(headers, layout)
+        if differing.size or (head.step, head.digest) != (step % _STEPS, digest):
+            place = int(differing[0]) if differing.size else 0
+            # one of 128 tensors that differ has the right mark all the same
+            known = differing.size or len(headers) == 1
+            among = "" if known else f"or another of {len(headers)}: "
+            text = _difference(head, headers[place], step, digest)
+            raise self._error(rank, place, f"{among}{text}")
 
     def _numbers(self, rank: int, data: Bytes) -> list[int]:
         layout = self._frame.layout
@@ -327,6 +322,15 @@ class Received:
 
     def _error(self, rank: int, place: int, text: str) -> PayloadError:
         return PayloadError(f"{self._frame.names[place]}: rank {rank}: {text}")
+
+
+def _difference(head: Head, own: Header, step: int, digest: int) -> str:
+    if head.digest == digest:
+        return f"step {head.step}, expected {step % _STEPS}"
+    return (
+        f"digest {head.digest}, expected {digest}: shape, dtype, step or configuration "
+        f"differ, here {own.k} of {own.n} elements, {own.dtype}, step {own.step}"
+    )
 
 
 def agreed(headers: Sequence[Header], layout: Layout) -> tuple[int, int]:

@@ -9,6 +9,9 @@ from hvd_sparse.core.plan import Tensor
 class TensorTraffic:
     """Bytes of one tensor since the start.
 
+    What tensors that travel together share, a header and padding, counts with the first
+    of them.
+
     Attributes:
         route: "sparse", "dense" or "rows" (a gradient that already was sparse).
         sent_bytes: what this rank handed to collectives.

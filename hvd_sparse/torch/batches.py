@@ -56,6 +56,7 @@ class Arrival:
     def __init__(self, frame: Frame, buffer: Array, *, padded: bool) -> None:
         """Args: frame: this rank's; buffer: the frames of all of them, side by side."""
         self.names = frame.names
+        self._places = {name: place for place, name in enumerate(frame.names)}
         self._frame = frame
         self._buffer = buffer
         self._padded = padded
@@ -71,11 +72,11 @@ class Arrival:
 
     def payloads(self, name: str, ranks: int) -> Sequence[Payload | None]:
         """Those of one tensor, rank 0 first."""
-        return self.received(ranks).payloads(self.names.index(name))
+        return self.received(ranks).payloads(self._places[name])
 
     def locate(self, names: Sequence[str], ranks: int) -> Located | None:
         """As of `Exchange`."""
         received = self.received(ranks)
-        if not set(names) <= set(self.names):
+        if not self._places.keys() >= set(names):
             return None
-        return received.locate([self.names.index(name) for name in names])
+        return received.locate([self._places[name] for name in names])
