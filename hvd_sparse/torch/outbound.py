@@ -89,6 +89,8 @@ class Outbound:
         """Send those of these tensors that wait."""
         waiting = self._step.waiting
         contexts = [waiting.pop(name) for name in names if name in waiting]
+        if not contexts:  # most often
+            return
         try:
             if self._step.failure is None:
                 self._send_bucket(contexts)

@@ -108,14 +108,15 @@ class _Region:
 class Places:
     """Those of one compressor; they know of the others'."""
 
-    _all: ClassVar["weakref.WeakSet[Places]"] = weakref.WeakSet()
+    # a list, since a WeakSet takes a microsecond to say how many there are
+    _all: ClassVar[list["weakref.ref[Places]"]] = []
 
     def __init__(self) -> None:
         """Empty."""
         self._starts: list[int] = []  # ascending, of the regions
         self._regions: list[_Region] = []
         with _lock:
-            Places._all.add(self)
+            Places._all.append(weakref.ref(self, Places._all.remove))
 
     def enter(self, gradient: Tensor, parameter: Tensor | None) -> Place:
         """A gradient was given.
@@ -213,8 +214,8 @@ class Places:
             return []
         return [
             place
-            for places in Places._all
-            if places is not self and places._regions
+            for reference in list(Places._all)
+            if (places := reference()) is not None and places is not self
             for region in places._regions[places._between(first, stop)]
             for place in region.members
         ]
