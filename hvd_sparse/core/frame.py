@@ -15,8 +15,8 @@ ranks choose how many these are. Version 2, little-endian:
                    another
     24      T      marks: bit 7, this rank met elements that were not finite; the other
                    bits tell which tensor it is that ranks disagree about
-    ...            zeros up to a multiple of 4, and int32 entries of each tensor whose
-                   number ranks choose, if there is one
+    ...            where ranks choose how many entries they send: zeros up to a
+                   multiple of 4, and that number, int32, of each such tensor
     ...            zeros up to a multiple of 8, and the entries of each, filled up to a
                    multiple of 8
 
@@ -51,7 +51,7 @@ _MARK = 127
 _STEPS = 1 << 32
 _MOST_TOLD = 65535  # tensors
 _REASON_BYTES = 400  # the most that is told of an error
-_MOST_LAYOUTS = 1024  # remembered
+_MOST_PLACES = 1 << 16  # tensors in all layouts that are remembered, 120 bytes each
 
 
 class Head(NamedTuple):
@@ -109,8 +109,8 @@ def layout_of(headers: Sequence[Header]) -> Layout:
     digests = tuple([header.digest for header in headers])
     found = _layouts.get(digests)
     if found is None:
-        if len(_layouts) >= _MOST_LAYOUTS:  # gradients come and go
-            _layouts.clear()
+        if sum(map(len, _layouts)) + len(digests) > _MOST_PLACES:
+            _layouts.clear()  # gradients come and go
         found = _layouts[digests] = Layout(headers)
     return found
 
@@ -294,7 +294,8 @@ class Received:
         if marks.size < len(headers):
             text = f"frame of {HEAD_BYTES + marks.size} bytes, expected at least "
             raise self._error(rank, 0, f"{text}{layout.marks_end}")
-        [differing] = np.nonzero((marks & _MARK) != marks_of(headers, layout))
+        own = marks_of(headers, layout)
+        [differing] = np.nonzero((marks & _MARK) != own)
         step, digest = agreed(headers, layout)
         if differing.size or (head.step, head.digest) != (step % _STEPS, digest):
             place = int(differing[0]) if differing.size else 0
@@ -302,6 +303,7 @@ class Received:
             known = differing.size or len(headers) == 1
             among = "" if known else f"or another of {len(headers)}: "
             text = _difference(head, headers[place], step, digest)
+            text = text or f"mark {marks[place] & _MARK}, expected {own[place]}"
             raise self._error(rank, place, f"{among}{text}")
 
     def _numbers(self, rank: int, data: Bytes) -> list[int]:
@@ -326,7 +328,8 @@ class Received:
 
 def _difference(head: Head, own: Header, step: int, digest: int) -> str:
     if head.digest == digest:
-        return f"step {head.step}, expected {step % _STEPS}"
+        told = f"step {head.step}, expected {step % _STEPS}"
+        return told if head.step != step % _STEPS else ""
     return (
         f"digest {head.digest}, expected {digest}: shape, dtype, step or configuration "
         f"differ, here {own.k} of {own.n} elements, {own.dtype}, step {own.step}"

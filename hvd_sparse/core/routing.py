@@ -16,7 +16,8 @@ class WhenCheaper:
 
     A rank sends (P - 1) payloads in an allgather and 2 (P - 1) / P times the gradient
     in a ring allreduce, so sparse wins when P * payload < 2 * n * itemsize. One rank
-    counts as two, so that it runs the whole path.
+    counts as two, so that it runs the whole path. A payload counts as if it travelled
+    alone, with 32 bytes beside its entries: a tensor's route does not depend on others.
     """
 
     def limit(self, n: int, dtype: str, itemsize: int, form: Format, size: int) -> int:

@@ -278,7 +278,7 @@ class RandomK(Selecting):
 class Threshold(Selecting):
     """Every element of residual + gradient whose magnitude reaches a fixed value.
 
-    How many that are depends on the data of each rank, so k travels in the header. At
+    How many that are depends on the data of each rank, so k travels, too. At
     most as many are sent as sparse is cheaper than dense (see `WhenCheaper`), largest
     magnitudes first; the rest stays in the residual. Strom, Scalable Distributed DNN
     Training Using Commodity GPU Cloud Computing, 2015; unlike there, values are sent

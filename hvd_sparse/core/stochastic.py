@@ -36,7 +36,7 @@ class Stochastic(Selecting):
     arXiv:2003.06377, section on stochastic sparsification.
 
     Args:
-        expected_density: expected k / n, in (0, 1]; k itself travels in the header.
+        expected_density: expected k / n, in (0, 1]; k itself travels, too.
         seed: any integer, the same on every rank.
 
     Raises:

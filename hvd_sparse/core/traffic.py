@@ -34,7 +34,8 @@ class Traffic:
     Attributes:
         tensors: per name.
         steps: completed exchanges.
-        overhead_sent_bytes: step headers and framing, which belong to no tensor.
+        overhead_sent_bytes: what belongs to no tensor, such as the header of a step
+            over MPI, or what fills up an allgather.
         overhead_received_bytes: the same, from the other ranks.
     """
 
