@@ -27,9 +27,10 @@ from hvd_sparse import (
 from hvd_sparse.core.contracts import Located
 from hvd_sparse.core.flight import Flight
 from hvd_sparse.core.formats import Sign
-from hvd_sparse.core.frame import Frame, Received
+from hvd_sparse.core.frame import Frame
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.payload import decode
+from hvd_sparse.core.received import Received
 from hvd_sparse.core.sparsifiers import format_of
 from hvd_sparse.kernels import host, reference
 

@@ -19,11 +19,9 @@ from hvd_sparse.core.formats import FORMATS, Float32
 from hvd_sparse.core.frame import (
     HEAD_BYTES,
     Frame,
-    Received,
     frame_bytes,
     layout_of,
     padded_bytes,
-    split,
 )
 from hvd_sparse.core.payload import (
     DTYPES,
@@ -34,6 +32,7 @@ from hvd_sparse.core.payload import (
     encode,
     payload_bytes,
 )
+from hvd_sparse.core.received import Received, split
 
 FIXTURES = Path(__file__).parent / "fixtures"
 # frames as this version writes them, in hex, and what they hold; never rewritten

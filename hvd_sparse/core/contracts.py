@@ -305,7 +305,7 @@ class Exchange(Protocol):
     """Gives every rank the payloads of every rank: see `hvd_sparse.core.payload`.
 
     What travels together is a frame, which the core writes and reads: an exchange
-    carries bytes that it does not understand (`hvd_sparse.core.frame`).
+    carries bytes that it does not understand (`core.frame`, `core.received`).
 
     Attributes:
         rank: this process, in [0, size).

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy.typing as npt
 
-from hvd_sparse.core.frame import Frame, Received, padded_bytes, split
+from hvd_sparse.core.frame import Frame, padded_bytes
 from hvd_sparse.core.payload import Payload, Raised
+from hvd_sparse.core.received import Received, split
 
 Array = npt.NDArray[Any]
 

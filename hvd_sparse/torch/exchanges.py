@@ -18,8 +18,9 @@ from hvd_sparse.core.contracts import (
     PayloadError,
     Sum,
 )
-from hvd_sparse.core.frame import Frame, Received
+from hvd_sparse.core.frame import Frame
 from hvd_sparse.core.payload import Payload, Raised
+from hvd_sparse.core.received import Received
 from hvd_sparse.torch import elastic
 from hvd_sparse.torch.batches import Arrival, Batch
 

@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hvd_sparse.core.contracts import ExchangeError, Located
-from hvd_sparse.core.frame import Frame, Received, read_head
+from hvd_sparse.core.frame import Frame
 from hvd_sparse.core.payload import Payload
+from hvd_sparse.core.received import Received, read_head
 
 Array = npt.NDArray[Any]
 
