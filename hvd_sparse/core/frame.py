@@ -147,15 +147,11 @@ class Frame:
         layout = self.layout
         out = np.zeros(layout.entries_at, np.uint8)
         self.step, self.digest = agreed(self.headers, layout)
-        count = min(len(sent), MOST_TOLD)
-        step, words = self.step % STEPS, self.size // 8
-        HEAD_FORMAT.pack_into(
-            out.data, 0, MAGIC, VERSION, 0, count, words, step, self.digest
-        )
-        marks = marks_of(self.headers, layout)
-        nonfinite = [payload.nonfinite for payload in sent]
-        if True in nonfinite:
-            marks = marks | np.where(nonfinite, NONFINITE, 0).astype(np.uint8)
+        count, words = min(len(sent), MOST_TOLD), self.size // 8
+        head = MAGIC, VERSION, 0, count, words, self.step % STEPS, self.digest
+        HEAD_FORMAT.pack_into(out.data, 0, *head)
+        nonfinite = [NONFINITE * payload.nonfinite for payload in sent]
+        marks = marks_of(self.headers, layout) | np.array(nonfinite, np.uint8)
         out[HEAD_BYTES : layout.marks_end] = marks
         if layout.varying:
             ks = np.array([sent[place].k for place in layout.varying], "<i4")
