@@ -1,6 +1,7 @@
 """What the tests of several doors share; imports no framework."""
 
 import signal
+from dataclasses import dataclass
 from typing import Any
 
 from hvd_sparse import (
@@ -31,6 +32,23 @@ class Interrupted(TopK):
         return selection
 
 
+@dataclass(frozen=True)
+class Halving:
+    """A user's `Scheduled`: ten times the density at first, half of it a step later."""
+
+    density: float = 0.01
+    inner: type = TopK
+
+    def density_at(self, step: int) -> float:
+        """At least the one that is given, at most 1."""
+        return min(1.0, max(self.density, self.density * 10 / 2**step))
+
+    def select(self, residual: Any, gradient: Any, k: int, step: int) -> Selection:
+        """As the inner sparsifier of this step's density."""
+        chosen = self.inner(self.density_at(step))
+        return chosen.select(residual, gradient, k, step)
+
+
 # one of each
 SPARSIFIERS = [
     TopK(0.05),
@@ -42,6 +60,7 @@ SPARSIFIERS = [
     CAT(TopK(), AFFINE),
     CAT(SignTopK(), AFFINE),
     CAT(Stochastic(), AFFINE),
+    Halving(0.02),
 ]
 
 # what a sparse training is warned of: optimizers with momentum, at low densities

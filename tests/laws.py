@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from doors import Halving
 from hypothesis import strategies as st
 
 from hvd_sparse import (
@@ -127,6 +128,7 @@ AFFINE = Affine(per_byte=1.0, per_message=54.0)
 WITH_RESIDUAL: dict[str, Callable[[float], Any]] = {
     **SPARSIFIERS,
     "SignTopK": lambda share: SignTopK(density=share),
+    "scheduled": lambda share: Halving(density=share),
     "alistarh": lambda share: SignTopK.alistarh(),
     "CAT TopK": lambda share: CAT(TopK(), AFFINE, most=share),
     "CAT SignTopK": lambda share: CAT(SignTopK(), AFFINE, most=share, change=1.5),

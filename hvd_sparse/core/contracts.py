@@ -107,6 +107,18 @@ class FixedDensity(Protocol):
     density: float | None
 
 
+class Scheduled(Protocol):
+    """A sparsifier whose density changes with the steps, alike on every rank.
+
+    A `FixedDensity` as well: that density, best where the schedule ends, decides for
+    all steps whether a tensor goes dense, and `advise` goes by it.
+    """
+
+    def density_at(self, step: int) -> float:
+        """k / n, in (0, 1], after so many completed exchanges of the tensor."""
+        ...
+
+
 class SharedIndices(Protocol):
     """A sparsifier whose indices every rank can work out: they need not travel.
 

@@ -8,7 +8,7 @@ another digest, and is found out before its data is used.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from hvd_sparse.core.contracts import (
     PerTensor,
     Proved,
     Request,
+    Scheduled,
     Selection,
     SharedIndices,
     Sparsifier,
@@ -33,7 +34,12 @@ from hvd_sparse.core.contracts import (
 from hvd_sparse.core.formats import Float32, Sign, Values
 from hvd_sparse.core.payload import DTYPES, Header, Payload
 from hvd_sparse.core.routing import Dense, Never, WhenCheaper
-from hvd_sparse.core.sparsifiers import elements, fixed_density, format_of
+from hvd_sparse.core.sparsifiers import (
+    check_density,
+    elements,
+    fixed_density,
+    format_of,
+)
 from hvd_sparse.kernels.host import is_one_part
 
 ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -56,6 +62,7 @@ class Tensor:
             are plain arrays: kernels may sum up it and others in one call.
         grouped: they may select from it and others in one call.
         payload: the last one; its memory serves the next.
+        scheduled: k changes with the steps.
         in_flight: sent and not received yet.
         delivered: what was sent in this step has been handed back.
         latest: the step of the rank that is furthest, where ranks may be apart.
@@ -76,6 +83,7 @@ class Tensor:
     trusted: bool
     plain: bool
     grouped: bool
+    scheduled: bool = False
     payload: Payload | None = None
     in_flight: bool = False
     delivered: bool = False
@@ -151,7 +159,7 @@ class Plan:
         """What is known about this tensor; None at its first use.
 
         Raises:
-            ValueError: its shape or dtype changed.
+            ValueError: its shape or dtype changed, or a schedule is out of range.
         """
         tensor = self.tensors.get(name)
         if tensor is None:
@@ -162,6 +170,8 @@ class Plan:
                 f"{dtype_of(gradient)}, expected {tensor.shape} and {tensor.dtype} "
                 "as in earlier steps"
             )
+        if tensor.scheduled:
+            self._follow_schedule(tensor)
         return tensor
 
     def check(self, name: str, gradient: Array) -> None:
@@ -211,9 +221,12 @@ class Plan:
             trusted=trusted,
             plain=plain,
             grouped=plain and trusted and offers(sparsifier, Grouped),
+            scheduled=offers(sparsifier, Scheduled) and not (dense or varies),
             chosen=chosen,
         )
         self._set_digest(tensor)
+        if tensor.scheduled:
+            self._follow_schedule(tensor)
         self.tensors[name] = tensor
         return tensor
 
@@ -223,6 +236,16 @@ class Plan:
         for name, tensor in self.tensors.items():
             self._set_digest(tensor)
             tensor.sparsifier = self._own(name)
+
+    def _follow_schedule(self, tensor: Tensor) -> None:
+        """Set k to what it is in the step to come."""
+        step, scheduled = tensor.header.step, cast(Scheduled, tensor.sparsifier)
+        density = scheduled.density_at(step)
+        check_density(density, f"{tensor.name}: density_at({step})")
+        k = elements(density, tensor.header.n)
+        if k != tensor.header.k:
+            tensor.header = tensor.header._replace(k=k)
+            self._set_digest(tensor)
 
     def _set_digest(self, tensor: Tensor) -> None:
         """64 bits that stand for all that ranks must have alike for this tensor."""

@@ -174,9 +174,10 @@ class Received:
 
 
 def _difference(head: Head, own: Header, step: int, digest: int) -> str:
+    if head.step != step % STEPS:  # which may be why the digest is another, too
+        return f"step {head.step}, expected {step % STEPS}"
     if head.digest == digest:
-        told = f"step {head.step}, expected {step % STEPS}"
-        return told if head.step != step % STEPS else ""
+        return ""
     return (
         f"digest {head.digest}, expected {digest}: shape, dtype, step or configuration "
         f"differ, here {own.k} of {own.n} elements, {own.dtype}, step {own.step}"

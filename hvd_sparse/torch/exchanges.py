@@ -9,18 +9,22 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
-from hvd_sparse.carriers import embed, extract
+from hvd_sparse.carriers import Carrier, Embedded, Gathered, embed, extract
 from hvd_sparse.core.contracts import (
     Average,
     ExchangeError,
     Located,
     Op,
     PayloadError,
+    Scheduled,
+    Sparsifier,
     Sum,
+    offers,
 )
 from hvd_sparse.core.frame import Frame
 from hvd_sparse.core.payload import Payload, Raised
 from hvd_sparse.core.received import Received
+from hvd_sparse.core.sparsifiers import fixed_density
 from hvd_sparse.torch import elastic
 from hvd_sparse.torch.batches import Arrival, Batch
 
@@ -382,6 +386,28 @@ class EmbeddedExchange(_HorovodExchange):
         whole = reduced.numel() * reduced.element_size()
         payload = 2 * (reduced.numel() // self.size - 1)
         return whole - payload, whole - (self.size - 1) * payload
+
+
+def exchange_for(
+    carrier: Carrier, sparsifier: Sparsifier, group: Any, prefix: str
+) -> EmbeddedExchange | GatheredExchange:
+    """What carries payloads as the user wants it, if the sparsifier allows.
+
+    Raises:
+        TypeError: carrier is none.
+        ValueError: it is Embedded(), and k may differ between ranks or steps.
+    """
+    if not isinstance(carrier, Gathered | Embedded):
+        raise TypeError(f"exchange must be Gathered() or Embedded(), got {carrier!r}")
+    fixed = fixed_density(sparsifier) is not None
+    if isinstance(carrier, Gathered):
+        return GatheredExchange(group, prefix, padded=not fixed)
+    if not fixed or offers(sparsifier, Scheduled):
+        raise ValueError(
+            "exchange=Embedded() needs a k that is the same on every rank and in every "
+            f"step, such as that of TopK or RandomK; {sparsifier!r} has none"
+        )
+    return EmbeddedExchange(group)
 
 
 def _op_of(total: float, first: float, *, size: int) -> Op:

@@ -31,7 +31,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hvd_sparse.advice import Adviser
-from hvd_sparse.carriers import Carrier, Embedded, Gathered
+from hvd_sparse.carriers import Carrier, Gathered
 from hvd_sparse.core.contracts import (
     Average,
     ExchangeError,
@@ -44,15 +44,13 @@ from hvd_sparse.core.interrupts import Uninterrupted
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.scaling import scale_of
-from hvd_sparse.core.sparsifiers import fixed_density
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.kernels import host
 from hvd_sparse.torch import elastic
 from hvd_sparse.torch.advice import advise
 from hvd_sparse.torch.contended import Contended
 from hvd_sparse.torch.exchanges import (
-    EmbeddedExchange,
-    GatheredExchange,
+    exchange_for,
     horovod,
     is_exchanged,
     waits_for_peers,
@@ -151,23 +149,9 @@ class SparseCompressor:
         """
         if not timeout_s > 0:
             raise ValueError(f"timeout_s must be positive, got {timeout_s}")
-        if not isinstance(exchange, Gathered | Embedded):
-            raise TypeError(
-                f"exchange must be Gathered() or Embedded(), got {exchange!r}"
-            )
-        fixed = fixed_density(sparsifier) is not None
-        if isinstance(exchange, Embedded) and not fixed:
-            raise ValueError(
-                "exchange=Embedded() needs a k that is the same on every rank, such as "
-                f"that of TopK or RandomK; {sparsifier!r} has none"
-            )
         self.op = op
         self._process_set = process_set
-        self._carrier: EmbeddedExchange | GatheredExchange = (
-            EmbeddedExchange(self._group)
-            if isinstance(exchange, Embedded)
-            else GatheredExchange(self._group, prefix, padded=not fixed)
-        )
+        self._carrier = exchange_for(exchange, sparsifier, self._group, prefix)
         expected = Average if op is None else op
         self._path = GradientPath(
             sparsifier,

@@ -4,7 +4,7 @@ import horovod.torch as hvd
 import pytest
 import scaled
 import torch
-from doors import SPARSIFIERS
+from doors import SPARSIFIERS, Halving
 from torch import nn
 
 import hvd_sparse.torch as sparse
@@ -12,7 +12,7 @@ from hvd_sparse import Embedded, ExchangeError, Gathered, Never, TopK
 from hvd_sparse.torch.horovod import SparseCompressor
 
 keeping = [s for s in SPARSIFIERS if "Stochastic" not in repr(s)]
-fixed = [s for s in keeping if getattr(s, "density", None) is not None]
+fixed = [s for s in keeping if getattr(s, "density", None) and s != Halving(0.02)]
 CASES = [(s, Gathered()) for s in keeping] + [(s, Embedded()) for s in fixed]
 
 

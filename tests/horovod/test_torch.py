@@ -14,7 +14,7 @@ import members
 import numpy as np
 import pytest
 import torch
-from doors import AFFINE, LOW_DENSITIES, TORCH_OPTIMIZERS
+from doors import AFFINE, LOW_DENSITIES, TORCH_OPTIMIZERS, Halving
 from horovod.common.exceptions import HorovodInternalError
 from torch import nn
 
@@ -178,8 +178,8 @@ CHOOSING = [
 
 @pytest.mark.ranks
 @pytest.mark.transport
-@pytest.mark.parametrize("sparsifier", CHOOSING, ids=repr)
-def test_replicas_agree_where_ranks_choose_k(sparsifier):
+@pytest.mark.parametrize("sparsifier", [*CHOOSING, Halving(0.02)], ids=repr)
+def test_replicas_agree_where_ranks_or_steps_choose_k(sparsifier):
     model = perceptron()
     compression = compressor(model, sparsifier)
     train(model, wrap(model, compression), range(6))
@@ -1670,6 +1670,10 @@ def test_bad_arguments_are_refused_by_name():
         SparseCompressor(TopK(), exchange="embedded")
     with pytest.raises(ValueError, match=r"Threshold\(value=0.001\) has none"):
         SparseCompressor(Threshold(1e-3), exchange=Embedded())
+    with pytest.raises(
+        ValueError, match=r"in every step, such as .*; Halving\(.* has no"
+    ):
+        SparseCompressor(Halving(), exchange=Embedded())
     with pytest.raises(ValueError, match=r"shape \(2,\) belongs to no parameter"):
         SparseCompressor(TopK(), named_parameters=named).compress(torch.ones(2))
 

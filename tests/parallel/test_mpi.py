@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from counting import counted
-from doors import AFFINE, Interrupted
+from doors import AFFINE, Halving, Interrupted
 from mpi4py import MPI
 
 import hvd_sparse
@@ -46,6 +46,7 @@ SPARSIFIERS = [
     CAT(TopK(), AFFINE),
     CAT(SignTopK(), AFFINE, change=2.0),
     CAT(Stochastic(), AFFINE),
+    Halving(density=0.02),
 ]
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 
