@@ -72,6 +72,7 @@ class MpiExchange:
 
     def _forget(self) -> None:
         self._buffers.clear()
+        self._payloads = self._buffers.payloads  # of the next step
         self._deadline.forget()
         self._protocol: protocol.Steps[None] | None = None
         self._what = ""
@@ -81,8 +82,8 @@ class MpiExchange:
 
     def start(self, name: str, payload: Payload) -> int:
         """Add a payload to the step that begins with `open`."""
-        self._buffers.payloads.append((name, payload))
-        return len(self._buffers.payloads) - 1
+        self._payloads.append((name, payload))
+        return len(self._payloads) - 1
 
     def finish(self, handle: int) -> Sequence[Payload | None]:
         """The payloads of all ranks, after `close_step`."""
