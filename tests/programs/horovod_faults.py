@@ -84,7 +84,9 @@ elif fault == "after":
     train(range(4, 8))
     tell_weights()
 else:
+    hvd.barrier()  # or a deadline is that of a rank that starts late
     train([0])
+    hvd.barrier()  # or rank 0 may still wait for a part of that step
     if last:
         if fault.startswith("pause"):
             os.kill(os.getpid(), signal.SIGSTOP)
