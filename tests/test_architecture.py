@@ -62,7 +62,6 @@ MOST_LINES = 450  # of a file
 # what is still to be split, with the lines it has: numbers get smaller, no row is added
 LARGER = {
     "hvd_sparse.tensorflow.horovod": 610,
-    "hvd_sparse.torch.horovod": 568,
 }
 MOST_LINES_OF_PATH = 200
 

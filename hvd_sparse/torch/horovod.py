@@ -24,13 +24,10 @@ A write through `p.grad.data` or `p.grad.numpy()` is not noticed.
 import threading
 import weakref
 from collections.abc import Iterable
-from functools import cache
 from typing import Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from hvd_sparse.advice import Adviser
 from hvd_sparse.carriers import Carrier, Gathered
 from hvd_sparse.core.contracts import (
     Average,
@@ -47,41 +44,21 @@ from hvd_sparse.core.scaling import scale_of
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.kernels import host
 from hvd_sparse.torch import elastic
-from hvd_sparse.torch.advice import advise
-from hvd_sparse.torch.contended import Contended
 from hvd_sparse.torch.exchanges import (
     exchange_for,
     horovod,
-    is_exchanged,
     waits_for_peers,
 )
 from hvd_sparse.torch.inbound import Inbound
 from hvd_sparse.torch.names import Caller, ParameterNames, find_caller
 from hvd_sparse.torch.outbound import Outbound
 from hvd_sparse.torch.scaling import refuse_before_exchange
+from hvd_sparse.torch.served import Served, watch_steps
 from hvd_sparse.torch.states import as_tensors, on_host
 from hvd_sparse.torch.step import Context, Idle, Step
-from hvd_sparse.torch.unused import Unused, looked_at
-from hvd_sparse.torch.wrapped import (
-    enlist,
-    exchanging,
-    is_frozen,
-    newcomers,
-    release,
-    with_gradients,
-)
 from hvd_sparse.watchdog import Watchdog
 
 Tensor = torch.Tensor
-
-
-def unsent(name: str) -> ValueError:
-    """What to raise where a gradient of this rank alone would move a parameter."""
-    return ValueError(
-        f"{name}: joined the optimizer after hvd.DistributedOptimizer was made, and "
-        "its gradient is not sent in this step; in this first one call "
-        "optimizer.step() without optimizer.synchronize() before"
-    )
 
 
 def _add_waiting(saved: dict[str, Any], context: Context) -> None:
@@ -164,18 +141,16 @@ class SparseCompressor:
         )
         if op is None:
             self._path.plan.op_name = "the optimizer's"
-        self._names = ParameterNames(named_parameters)
-        self._contended = Contended()
-        self._planned = False
-        self._before_closure = False
-        self._unused = Unused()
-        self._looked: set[str] = set()  # names of tensors that tell what is unused
-        self._stepping = False
-        self._optimizer: weakref.ref[Any] | None = None
-        self._adviser = Adviser(advise, sparsifier)
         self._elastic = elastic.is_elastic()
         self._shutdown = elastic.Shutdown()
         self._lock = threading.RLock()  # hooks run in several autograd threads
+        self._served = Served(
+            ParameterNames(named_parameters),
+            self._path,
+            self._carrier,
+            self._group,
+            self._lock,
+        )
         self._watchdog = Watchdog(
             timeout_s,
             rank=lambda: horovod().rank(),
@@ -186,10 +161,12 @@ class SparseCompressor:
         self._step = Step(self._path, self._watchdog)
         parts = (self._step, self._path, self._carrier)
         self._outbound = Outbound(*parts, self._watchdog)
-        self._inbound = Inbound(*parts, self._outbound, self._found)
+        self._inbound = Inbound(
+            *parts, self._outbound, self._found, self._served.release
+        )
         horovod()
         elastic.register(SparseCompressor)
-        _watch_steps()
+        watch_steps(_served)
 
     def __reduce__(self) -> Any:
         """Not to be copied or pickled: a copy would send the same residuals again."""
@@ -219,12 +196,12 @@ class SparseCompressor:
             caller = find_caller(depth=1)
             self._check_gradient(tensor, caller)
             if caller is not None:
-                self._check_optimizer(
+                self._served.meet(
                     caller.optimizer, before_closure=caller.steps_with_closure
                 )
             if self._elastic and not self._shutdown.recovers:
                 self._shutdown.recovers = elastic.covers(self)
-            name, parameter = self._names.find(tensor, caller)
+            name, parameter = self._served.names.find(tensor, caller)
             sent: tuple[Tensor, Context | Idle] | None = None
             try:
                 with Uninterrupted():
@@ -240,13 +217,13 @@ class SparseCompressor:
     ) -> tuple[Tensor, Context | Idle]:
         step = self._step
         if step.arriving and caller is not None:  # something else has failed
-            self._inbound.end(None)
+            self._inbound.end()
         elif name in step and (caller is not None or self._path.scaling.is_used):
             self._carrier.withdraw()
             step.roll_back()
         if step.is_empty:
-            self._begin(caller)
-        if caller is not None and self._is_idle(caller, parameter):
+            self._served.begin(caller)
+        if caller is not None and self._served.is_idle(caller, parameter):
             frozen = None if parameter.requires_grad else parameter
             idle = step.idle[name] = Idle(name, gradient, frozen)
             return self._carrier.nothing(), idle
@@ -254,45 +231,10 @@ class SparseCompressor:
         context.alone = caller is None
         return sent, context
 
-    def _begin(self, caller: Caller | None) -> None:
-        """The first gradient of a step."""
-        joined: list[str] = []
-        if caller is not None:
-            joined = enlist(caller.optimizer, self._names)
-            if not self._planned:  # before anything that may fail on this rank alone
-                self._plan(caller.optimizer)
-            if caller.synchronizing:  # no backward pass since
-                self._unused.forget()
-        self._throw_away()
-        self._path.begin()
-        self._contended.clear()
-        if joined and caller is not None and caller.synchronizing:
-            raise unsent(joined[0])  # too late for this time
-
-    def _throw_away(self) -> None:
-        """The step before, if nothing became of it."""
-        if not self._unused.is_thrown_away():
-            return
-        if self._path.residuals.can_discard:
-            self._path.residuals.discard()
-        else:
-            self._unused.warn(stacklevel=6)
-
-    def _is_idle(self, caller: Caller, parameter: Tensor) -> bool:
-        """Whether there is nothing to send, nor would the result be of use.
-
-        Of a parameter that is frozen, whose residual waits until it is thawed, and
-        before a closure has computed gradients.
-        """
-        if is_frozen(caller.optimizer, parameter):
-            return True
-        self._before_closure = self._before_closure and caller.steps_with_closure
-        return self._before_closure
-
     def _check_gradient(self, tensor: Tensor, caller: Caller | None) -> None:
         """Adasum gives weights: the parameter itself."""
         given = None if caller is None else caller.parameter
-        if tensor is given or tensor in self._names:
+        if tensor is given or tensor in self._served.names:
             raise ValueError(
                 "op=Adasum is not supported: it combines weights, not gradients; use "
                 "op=hvd.Average or hvd.Sum"
@@ -321,10 +263,7 @@ class SparseCompressor:
                 return self._receive_nothing(tensor, ctx)
             if ctx.result is None:  # some were received with the first of their batch
                 self._receive(tensor, ctx)
-            assert ctx.result is not None
-            self._note(ctx)
-            self._contended.keep(ctx.name, ctx.place, ctx.result)
-            return ctx.place.seen(ctx.result)
+            return self._served.hand_back(ctx)
 
     def _receive(self, reduced: Tensor, ctx: Context) -> None:
         if not self._step.arriving:  # peers may have none of it: nothing is awaited
@@ -352,15 +291,15 @@ class SparseCompressor:
         """Once the last result is there, the step counts."""
         error = self._step.settle()
         if error is not None:
-            release(self._horovods)
-            self._end_failed()
+            self._served.release()
+            self._served.end_failed()
             raise error
 
     def _failed(self, error: BaseException) -> BaseException:
         """What to raise once the whole step is taken back."""
         gave_up, recovers = self._watchdog.gave_up, self._shutdown.recovers
-        self._inbound.fail(error, self._horovods)
-        self._end_failed()
+        self._inbound.fail(error)
+        self._served.end_failed()
         if gave_up and not recovers:
             failed = ExchangeError(gave_up)
             failed.__cause__ = error
@@ -369,40 +308,6 @@ class SparseCompressor:
             return elastic.internal_error(str(error))
         return error  # elastic training recovers from Horovod's own error alone
 
-    def _end_failed(self) -> None:
-        """Nothing of this step can be unused: it has been taken back."""
-        self._unused.forget()
-        self._stepping = False
-
-    @property
-    def _horovods(self) -> Any:
-        """The optimizer that Horovod made, if it is known."""
-        return None if self._optimizer is None else self._optimizer()
-
-    def _note(self, ctx: Context) -> None:
-        """After `synchronize`, by the user, who may do with it what he likes."""
-        if self._stepping or self._path.scaling.is_used or ctx.name not in self._looked:
-            return
-        if ctx.place.parameter is not None and ctx.result is not None:
-            self._unused.note(ctx.place.parameter, ctx.result)
-
-    # ---------------------------------------------------------------------- there
-
-    def _plan(self, optimizer: Any) -> None:
-        """Which tensors travel together; from facts that all ranks share."""
-        names = self._names.of(optimizer)
-        self._carrier.plan(
-            {
-                names[p]: p.numel() * p.element_size()
-                for p in optimizer._requires_update
-                if p in names and not self._path.plan.goes_dense(names[p], p)
-            }
-        )
-        self._looked = looked_at(
-            names[p] for p in optimizer._requires_update if p in names
-        )
-        self._planned = True
-
     def _found(self, op: Op) -> Op:
         if self.op is not None and op != self.op and self._carrier.size > 1:
             raise ValueError(
@@ -410,58 +315,10 @@ class SparseCompressor:
             )
         return op
 
-    # ---------------------------------------------------------------------- facts
-
     def _group(self) -> Any:
         if self._process_set is None:
             return horovod().global_process_set
         return self._process_set
-
-    def meet(self, optimizer: Any) -> None:
-        """Its step follows: it may have parameters of which no gradient has come."""
-        with self._lock:
-            self._check_optimizer(optimizer, before_closure=False)
-
-    def _check_optimizer(self, optimizer: Any, *, before_closure: bool) -> None:
-        """Once per optimizer: there must be one, with this process set."""
-        known = None if self._optimizer is None else self._optimizer()
-        if known is optimizer:
-            return
-        if known is not None:
-            raise ValueError(
-                "one SparseCompressor serves one optimizer, got a second: give each "
-                "its own, with another prefix"
-            )
-        theirs = getattr(optimizer, "process_set", None)
-        if theirs is not None and theirs is not self._group():
-            raise ValueError(
-                "process_set must be that of the optimizer, "
-                f"{theirs}, got {self._process_set}"
-            )
-        self._optimizer = weakref.ref(optimizer)
-        self._before_closure = before_closure
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
-        self._adviser.step(optimizer, self._carrier.rank, stacklevel=3)
-
-    def _before_step(
-        self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        with self._lock:
-            self._stepping = True
-            self._unused.forget()
-            late = [] if optimizer._should_synchronize else with_gradients(optimizer)
-            enlist(optimizer, self._names)
-            if late:
-                raise unsent(self._names.of(optimizer)[late[0]])
-            if optimizer._synchronized and not optimizer._should_synchronize:
-                self._contended.recall()
-        return exchanging(optimizer, args, kwargs)
-
-    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        del optimizer, args, kwargs
-        self._stepping = False
-        self._contended.stepped()
 
     @property
     def traffic(self) -> Traffic:
@@ -488,7 +345,7 @@ class SparseCompressor:
                     "optimizer.synchronize() before discard()"
                 )
             self._path.residuals.discard()
-            self._unused.forget()
+            self._served.forget_results()
 
     # ---------------------------------------------------------------------- state
 
@@ -524,10 +381,8 @@ class SparseCompressor:
 
     def _check_between_steps(self) -> None:
         """Or what is under way would be handed back, or lost, in the new state."""
-        if self._optimizer is not None:
-            optimizer = self._optimizer()
-            if optimizer is None or not optimizer._handles:
-                return  # nobody will ask for it: the step was given up
+        if not self._served.may_ask:
+            return
         if under_way := self._step.under_way:
             raise ValueError(
                 f"{min(under_way)}: its gradient is under way, so that no state "
@@ -547,22 +402,12 @@ class SparseCompressor:
     def _forget_flights(self) -> None:
         self._step.forget()
         self._carrier.forget()
-        self._planned = False  # routes depend on the number of ranks
+        self._served.forget_plan()
         self._shutdown.wait()
         self._watchdog.gave_up = ""
 
 
-@cache
-def _watch_steps() -> None:
-    """Horovod calls no compressor where all was frozen when it took the optimizer."""
-    register_optimizer_step_pre_hook(_before_any_step)
-
-
-def _before_any_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-    """Of whatever optimizer; what `meet` registers is called after this."""
-    del args, kwargs
+def _served(optimizer: Any) -> Served | None:
+    """Nothing of an optimizer whose compressor is none of ours."""
     compression = getattr(optimizer, "_compression", None)
-    if not isinstance(compression, SparseCompressor):
-        return
-    if is_exchanged(optimizer) and newcomers(optimizer):
-        compression.meet(optimizer)
+    return compression._served if isinstance(compression, SparseCompressor) else None

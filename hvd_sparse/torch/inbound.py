@@ -6,7 +6,6 @@ rank may begin the next step while others still wait for something of this one.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -17,7 +16,6 @@ from hvd_sparse.torch.exchanges import EmbeddedExchange, GatheredExchange
 from hvd_sparse.torch.outbound import Outbound, changed
 from hvd_sparse.torch.states import viewed
 from hvd_sparse.torch.step import Context, Idle, Step, forgotten
-from hvd_sparse.torch.wrapped import release
 
 Tensor = torch.Tensor
 
@@ -32,13 +30,19 @@ class Inbound:
         carrier: EmbeddedExchange | GatheredExchange,
         outbound: Outbound,
         found: Callable[[Op], Op],
+        release: Callable[[], None],
     ) -> None:
-        """Join the parts. Args: found: what is told which op Horovod applies."""
+        """Join the parts.
+
+        `found` is told which op Horovod applies; `release` lets go what the optimizer
+        waits for.
+        """
         self._step = step
         self._path = path
         self._carrier = carrier
         self._outbound = outbound
         self._found = found
+        self._release = release
 
     def receive(self, reduced: Tensor, ctx: Context) -> None:
         """The result of a gradient, and of others that came with it.
@@ -62,23 +66,20 @@ class Inbound:
         else:
             self._receive_sparse(reduced, ctx)
 
-    def fail(self, error: BaseException, optimizer: Any) -> None:
-        """End the step: what was sent is back once all that is on its way is there.
-
-        Args:
-            error: what ends it.
-            optimizer: Horovod's; None if it is not known.
-        """
+    def fail(self, error: BaseException) -> None:
+        """End the step: what was sent is back once all that is on its way is there."""
         self._step.fail(error)
         try:
             self._outbound.flush()
         finally:
-            self.end(optimizer)
+            try:
+                self._release()
+            finally:
+                self.end()
 
-    def end(self, optimizer: Any) -> None:
+    def end(self) -> None:
         """Await what is on its way, of which nothing counts."""
         try:
-            release(optimizer)
             self._carrier.drain()
         finally:
             self._step.roll_back()
