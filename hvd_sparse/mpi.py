@@ -392,18 +392,19 @@ class SparseAllreduce:
     def discard(self) -> None:
         """Throw the last exchange away: residuals, steps are what they were, bitwise.
 
-        Collective: every rank calls it after the same exchange and before the next, and
-        uses the results in no way. In the next one, ranks that differ get an
-        ExchangeError that names rank and step.
+        Collective: every rank calls it after the same `start` and before the next, and
+        uses the results in no way. Where `finish` has not been called, this does so:
+        peers may wait. In the next exchange, ranks that differ get an ExchangeError
+        that names rank and step.
 
         Raises:
             RuntimeError: undo=True was not given, there is no exchange since the last
-                one that was thrown away, one is under way, or another thread uses this
-                object.
+                one that was thrown away, or another thread uses this object.
+            ExchangeError: as in grouped_allreduce.
         """
         with self._alone():
-            if self._under_way:
-                raise RuntimeError("finish() must come before discard()")
+            if self._under_way and self.can_discard:
+                self.finish()
             self._path.residuals.discard()
 
     def forget(self, name: str) -> None:

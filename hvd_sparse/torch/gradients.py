@@ -79,7 +79,9 @@ class Gradients:
             self.turns.begin(held)
         try:
             with Uninterrupted():  # also between the exchanges of a step
-                return self._exchange(held, loss)
+                mean = self._exchange(held, loss)
+                self.turns.exchanged = True
+                return mean
         finally:
             self.turns.end()
 
@@ -94,6 +96,14 @@ class Gradients:
             parameter = held[name]
             if parameter.grad is not None:
                 self.unused.note(parameter, parameter.grad)
+
+    def discard(self) -> None:
+        """By the user; peers may be in the exchange that this rank has not made."""
+        if self.reduce.can_discard and not self.turns.exchanged:
+            self.synchronize()
+        self.reduce.discard()
+        self.unused.forget()
+        self.turns.synchronized = self.turns.exchanged = False
 
     def _throw_away(self, stacklevel: int) -> None:
         """The step before, if nothing became of it."""

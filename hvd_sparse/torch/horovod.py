@@ -292,14 +292,14 @@ class SparseCompressor:
         error = self._step.settle()
         if error is not None:
             self._served.release()
-            self._served.end_failed()
+            self._served.end()
             raise error
 
     def _failed(self, error: BaseException) -> BaseException:
         """What to raise once the whole step is taken back."""
         gave_up, recovers = self._watchdog.gave_up, self._shutdown.recovers
         self._inbound.fail(error)
-        self._served.end_failed()
+        self._served.end()
         if gave_up and not recovers:
             failed = ExchangeError(gave_up)
             failed.__cause__ = error
@@ -326,18 +326,22 @@ class SparseCompressor:
         return self._path.traffic
 
     def discard(self) -> None:
-        """Throw away what the optimizer has synchronized, in place of a step.
+        """Throw this step's gradients away, in place of a step of the optimizer.
 
         Residuals are what they were before, bitwise. Collective: every rank calls it
-        between `optimizer.synchronize()` and its next backward pass. In the next step,
-        ranks that differ get an ExchangeError that names tensor, rank and step, but
-        with Embedded(), whose ranks may be apart. Gradients are still the results: zero
-        them.
+        before its next backward pass, with `optimizer.synchronize()` before or without:
+        then it does that first, since peers may wait, also where this rank had no
+        backward pass. In the next step, ranks that differ get an ExchangeError that
+        names tensor, rank and step, but with Embedded(), whose ranks may be apart.
+        Gradients are the results: zero them.
 
         Raises:
-            RuntimeError: undo=True was not given, nothing was exchanged since the last
-                time, or it is not complete.
+            RuntimeError: undo=True was not given, or there is nothing to throw away:
+                no optimizer has called yet.
+            ExchangeError: as in `decompress`.
         """
+        if self._path.residuals.can_discard and not self._served.exchanged:
+            self._served.synchronize()
         with self._lock:
             if under_way := self._step.under_way:
                 raise RuntimeError(
@@ -345,7 +349,7 @@ class SparseCompressor:
                     "optimizer.synchronize() before discard()"
                 )
             self._path.residuals.discard()
-            self._served.forget_results()
+            self._served.end()
 
     # ---------------------------------------------------------------------- state
 

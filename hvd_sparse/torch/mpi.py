@@ -178,7 +178,7 @@ class _Distributed:
         self._sparse.unused.forget()
         if turns.synchronized:
             turns.recall(self._sparse.parameters.held())
-        turns.synchronized = False
+        turns.synchronized = turns.exchanged = False
         result = own_step(self, *arguments, **options)
         turns.synchronized = False  # by a closure, say
         turns.stepped()
@@ -267,10 +267,12 @@ class _Distributed:
         self._sparse.kinds = dict(state["kinds"])
 
     def discard(self) -> None:
-        """Throw away what `synchronize` has exchanged, in place of a step.
+        """Throw this step's gradients away, in place of a step of the optimizer.
 
         Residuals are what they were before, bitwise. Collective: every rank calls it,
-        before its next backward pass. Gradients are still the results: zero them.
+        before its next backward pass, with `synchronize` before or without: then it
+        takes part in the exchange first, in which peers may wait, also where this rank
+        had no backward pass. Gradients are the results: zero them.
 
         Example:
             optimizer.synchronize()
@@ -281,12 +283,10 @@ class _Distributed:
                     optimizer.step()
 
         Raises:
-            RuntimeError: undo=True was not given, or nothing was exchanged since the
-                last time.
+            RuntimeError: undo=True was not given.
+            ExchangeError: a peer disagrees, raised, or did not arrive in time.
         """
-        self._sparse.reduce.discard()
-        self._sparse.unused.forget()
-        self._sparse.turns.synchronized = False
+        self._sparse.discard()
 
     def close(self) -> None:
         """Free the private communicator; collective."""

@@ -53,6 +53,7 @@ class Served:
 
     Attributes:
         names: of its parameters.
+        exchanged: results of its gradients are there; no step has used them.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Served:
     ) -> None:
         """Args: group: returns the process set. lock: of the compressor."""
         self.names = names
+        self.exchanged = False
         self._path = path
         self._carrier = carrier
         self._group = group
@@ -88,13 +90,17 @@ class Served:
         Raises:
             ValueError: it is another one than before, or of another process set.
         """
-        known = None if self._optimizer is None else self._optimizer()
-        if known is not optimizer:
+        if self._known is not optimizer:
             with self._lock:
-                self._get_to_know(known, optimizer, before_closure)
+                self._get_to_know(optimizer, before_closure)
 
-    def _get_to_know(self, known: Any, optimizer: Any, before_closure: bool) -> None:
-        if known is not None:
+    @property
+    def _known(self) -> Any:
+        """None, too, if it is gone."""
+        return None if self._optimizer is None else self._optimizer()
+
+    def _get_to_know(self, optimizer: Any, before_closure: bool) -> None:
+        if self._known is not None:
             raise ValueError(
                 "one SparseCompressor serves one optimizer, got a second: give each "
                 "its own, with another prefix"
@@ -119,6 +125,7 @@ class Served:
         Raises:
             ValueError: a parameter has joined, too late for this step.
         """
+        self.exchanged = False
         joined: list[str] = []
         if caller is not None:
             joined = enlist(caller.optimizer, self.names)
@@ -172,6 +179,7 @@ class Served:
         Outside of a step that is after `synchronize`, by the user, who may do with it
         what he likes.
         """
+        self.exchanged = True
         result, place = context.result, context.place
         assert result is not None
         parameter = place.parameter if context.name in self._looked else None
@@ -183,16 +191,19 @@ class Served:
 
     def release(self) -> None:
         """Let go what it waits for: its step has failed."""
-        release(None if self._optimizer is None else self._optimizer())
+        release(self._known)
 
-    def forget_results(self) -> None:
-        """Nothing of this step can be unused: it was taken back, or discarded."""
+    def synchronize(self) -> None:
+        """In its place: exchange what it has not, also where it has no gradients."""
+        if (optimizer := self._known) is not None:
+            optimizer.synchronize()
+
+    def end(self) -> None:
+        """Its step has been taken back, or thrown away: no result can be unused."""
         self._unused.forget()
-
-    def end_failed(self) -> None:
-        """Its step has been taken back."""
-        self.forget_results()
-        self._stepping = False
+        self._stepping = self.exchanged = False
+        if (optimizer := self._known) is not None:
+            optimizer._synchronized = False  # its step exchanges what comes next
 
     def forget_plan(self) -> None:
         """Routes depend on the number of ranks, which may be another."""
@@ -211,7 +222,7 @@ class Served:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         with self._lock:
             self._stepping = True
-            self.forget_results()
+            self._unused.forget()
             late = [] if optimizer._should_synchronize else with_gradients(optimizer)
             enlist(optimizer, self.names)
             if late:
@@ -222,7 +233,7 @@ class Served:
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         del optimizer, args, kwargs
-        self._stepping = False
+        self._stepping = self.exchanged = False
         self._contended.stepped()
 
 

@@ -889,6 +889,43 @@ def test_a_bad_batch_that_is_thrown_away_leaves_no_trace(density):
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("has_gradient", [True, False])
+def test_a_rank_that_throws_a_step_away_before_its_exchange_takes_part_in_it(
+    has_gradient,
+):
+    """It has seen its loss, which its peers have not."""
+    weight = nn.Parameter(torch.zeros(400))
+    optimizer = sparse.DistributedOptimizer(
+        torch.optim.SGD([weight], lr=1.0),
+        TopK(0.1),
+        comm=COMM,
+        dense=Never(),
+        timeout_s=20,
+        undo=True,
+    )
+    own = torch.randn(400, generator=torch.Generator().manual_seed(RANK))
+    alone = RANK == SIZE - 1
+    for step in range(4):
+        before = optimizer.residual_state_dict()["tensors"]
+        optimizer.zero_grad()
+        bad = step == 2
+        if has_gradient or not (bad and alone):
+            (weight * own * (1e30 if bad else 1)).sum().backward()
+        if not bad:
+            optimizer.step()
+            continue
+        if not alone:
+            optimizer.synchronize()
+            optimizer.zero_grad()  # which makes no other step of it
+        optimizer.discard()
+        for name, kept in optimizer.residual_state_dict()["tensors"].items():
+            assert kept["residual"].equal(before[name]["residual"])
+    assert weight.isfinite().all()
+    assert weight.abs().max() < 100
+    optimizer.close()
+
+
+@pytest.mark.ranks
 def test_ctrl_c_is_raised_when_the_exchange_is_complete(monkeypatch):
     monkeypatch.setattr(Interrupted, "calls", 0)
     model = nn.ParameterDict({name: nn.Parameter(torch.zeros(20)) for name in "abc"})
