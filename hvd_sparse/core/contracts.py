@@ -1,7 +1,8 @@
 """What the parts of the path promise each other: all that the path calls of them.
 
-Costs, which CAT alone asks, are in `hvd_sparse.core.costs`; what integrations call of
-their exchanges beside this is declared nowhere yet.
+Costs, which CAT alone asks, are in `hvd_sparse.core.costs`. What else is called of an
+exchange is declared where it is: under Horovod in `hvd_sparse.torch.contract`; the one
+over MPI calls a `Communicator`, in `hvd_sparse.transport.contract`.
 
 A gradient meets them in this order: `Memory` keeps what earlier steps did not send,
 `Sparsifier` chooses, `Format` makes bytes of the choice, `Exchange` carries bytes it
@@ -14,14 +15,13 @@ A sparsifier implements `select` alone. What else one may have is declared here,
 each in a protocol of its own: `offers` asks for it when a tensor is first seen.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 from functools import cache
-from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar
 
 Array = Any  # numpy.ndarray or torch.Tensor, which have no type in common
 Role = TypeVar("Role")
-Arrived = Callable[[], bool]  # looks, without waiting, whether something is there
 
 
 class Op(IntEnum):
@@ -362,89 +362,17 @@ class Exchange(Protocol):
         """
         ...
 
+
+class DenseExchange(Exchange, Protocol):
+    """An exchange that takes tensors that go dense as well.
+
+    To a path on another one none may come: its integration reduces them by itself.
+    """
+
     def start_dense(self, name: str, gradient: Array) -> Any:
         """Begin the library's own dense allreduce (sum)."""
         ...
 
     def finish_dense(self, handle: Any) -> tuple[Array, int]:
         """The (n,) sum over ranks, and the bytes this rank handed to the collective."""
-        ...
-
-
-@runtime_checkable
-class Communicator(Protocol):
-    """Ranks that take part in collectives; the MPI exchange runs on any such thing.
-
-    All ranks call the same methods in the same order; two duplicates do not mix.
-    Collectives do not wait: each returns what tells whether it is complete on this
-    rank, to be asked until it is. Until then its arrays, which are contiguous and in
-    host memory, are in use. To ask is an ExchangeError where a peer is known to be
-    gone.
-
-    Attributes:
-        rank: this one, in [0, size).
-        size: how many ranks there are.
-        attributes: what users of this communicator keep with it.
-    """
-
-    @property
-    def rank(self) -> int: ...  # noqa: D102  # see above
-
-    @property
-    def size(self) -> int: ...  # noqa: D102
-
-    @property
-    def attributes(self) -> dict[str, Any]: ...  # noqa: D102
-
-    def duplicate(self) -> tuple["Communicator", Arrived]:
-        """The same ranks again; not to be used before it is there."""
-        ...
-
-    def all_gather(self, own: Array, everyone: Array) -> Arrived:
-        """Overwrites everyone with the arrays of all ranks, rank 0 first.
-
-        Args:
-            own: of any shape and dtype; the same on every rank.
-            everyone: size times as many elements.
-        """
-        ...
-
-    def all_gather_in_place(
-        self, array: Array, counts: Sequence[int], starts: Sequence[int]
-    ) -> Arrived:
-        """Overwrites the parts of other ranks with theirs.
-
-        Args:
-            array: (n,) uint8 or int64, its own part filled.
-            counts: per rank, elements of its part; the same on every rank.
-            starts: per rank, where its part begins in this array.
-        """
-        ...
-
-    def all_reduce(self, array: Array) -> Arrived:
-        """Overwrites (n,) float32 or float64 with the sum over ranks."""
-        ...
-
-    def broadcast(self, array: Array, root: int) -> Arrived:
-        """Overwrites (n,) uint8 with that of one rank, where it is only read."""
-        ...
-
-    def pause(self, waited_s: float) -> None:
-        """Let others run, between two looks; after this long without success."""
-        ...
-
-    def watch(self, exchange: Any) -> None:
-        """Let peers that wait in this exchange hear of it if this rank fails."""
-        ...
-
-    def free(self) -> None:
-        """Give back what it holds; nothing is under way, and it is not used again."""
-        ...
-
-    def abort(self, held: object) -> None:
-        """Leave what is under way, and end the job where it could not end otherwise.
-
-        Args:
-            held: all that is in use; to be kept for as long as peers may write into it.
-        """
         ...

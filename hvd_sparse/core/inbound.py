@@ -1,6 +1,7 @@
 """The way back, stage by stage: decode what all ranks sent, aggregate, hand back."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -105,7 +106,8 @@ class Inbound:
 
     def _hand_back_dense(self, flight: Flight, out: Array) -> None:
         """The library's own sum; averaged as the sparse one is."""
-        total, wire_bytes = self._exchange.finish_dense(flight.handle)
+        exchange: Any = self._exchange  # a DenseExchange
+        total, wire_bytes = exchange.finish_dense(flight.handle)
         with np.errstate(over="ignore", invalid="ignore"):
             total *= total.dtype.type(self._plan.scale)  # the exchange's own buffer
             copy_to(out, total)

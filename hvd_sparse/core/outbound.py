@@ -2,6 +2,7 @@
 
 from collections.abc import Container, Sequence
 from copy import deepcopy
+from typing import Any
 
 import numpy as np
 
@@ -70,12 +71,13 @@ class Outbound:
 
     def start(self, bucket: Sequence[Pair]) -> None:
         """Begin the exchange of each, in this order."""
+        exchange: Any = self._exchange  # a DenseExchange, if dense ones come
         for flight, gradient in bucket:
             tensor = flight.tensor
             if tensor.dense:
-                flight.handle = self._exchange.start_dense(tensor.name, _flat(gradient))
+                flight.handle = exchange.start_dense(tensor.name, _flat(gradient))
             else:
-                flight.handle = self._exchange.start(tensor.name, tensor.payload)
+                flight.handle = exchange.start(tensor.name, tensor.payload)
 
     def keep(self, bucket: Sequence[Pair], in_place: Container[str]) -> None:
         """The bucket does not leave: all that goes sparse waits in the residuals."""

@@ -60,14 +60,6 @@ class Echo:
     def locate(self, handles: Sequence[Payload]) -> None:
         """Each by itself."""
 
-    def start_dense(self, name: str, gradient: Array) -> Any:
-        """Not called: such tensors are left out."""
-        raise NotImplementedError
-
-    def finish_dense(self, handle: Any) -> tuple[Array, int]:
-        """Not called either."""
-        raise NotImplementedError
-
 
 def measure_local(sizes: Sequence[int], density: float, ranks: int) -> Local:
     """Time the path over tensors of these sizes, float32, in place.

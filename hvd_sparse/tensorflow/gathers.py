@@ -59,14 +59,6 @@ class GraphExchange:
     def locate(self, handles: Sequence[str]) -> None:
         """Each in a tensor of its own."""
 
-    def start_dense(self, name: str, gradient: Array) -> Any:
-        """Not called: Horovod reduces dense tensors itself."""
-        raise NotImplementedError("Horovod reduces dense tensors itself")
-
-    def finish_dense(self, handle: Any) -> tuple[Array, int]:
-        """Not called either."""
-        raise NotImplementedError("Horovod reduces dense tensors itself")
-
 
 def _aligned(buffer: Array) -> Array:
     """At an address that is a multiple of 8."""

@@ -27,6 +27,7 @@ from hvd_sparse.core.received import Received
 from hvd_sparse.core.sparsifiers import fixed_density
 from hvd_sparse.torch import elastic
 from hvd_sparse.torch.batches import Arrival, Batch
+from hvd_sparse.torch.contract import HorovodExchange
 
 Array = npt.NDArray[Any]
 Tensor = torch.Tensor
@@ -70,8 +71,8 @@ def waits_for_peers() -> bool:
     return False
 
 
-class _HorovodExchange:
-    """What both ways of carrying payloads through Horovod share."""
+class _Ranks:
+    """Of the process set, which both ways of carrying payloads share."""
 
     def __init__(self, group: Any) -> None:
         """Args: group: returns the process set."""
@@ -113,16 +114,8 @@ class _HorovodExchange:
         """What Horovod reduces where no rank sends a payload: zeros."""
         return torch.zeros(elastic.elements_beside(self.size))
 
-    def start_dense(self, name: str, gradient: Array) -> Any:
-        """Not called: SparseCompressor gives Horovod such gradients themselves."""
-        raise NotImplementedError("Horovod reduces dense tensors itself")
 
-    def finish_dense(self, handle: Any) -> tuple[Array, int]:
-        """Not called either."""
-        raise NotImplementedError("Horovod reduces dense tensors itself")
-
-
-class GatheredExchange(_HorovodExchange):
+class GatheredExchange(_Ranks):
     """Allgathers of payloads; Horovod reduces two numbers beside each."""
 
     batched = True
@@ -229,11 +222,14 @@ class GatheredExchange(_HorovodExchange):
         arrival = Arrival(frame, gathered.numpy(), padded=self._padded)
         self._arrived.update(dict.fromkeys(arrival.names, arrival))
 
-    def arrive(self, handle: str) -> Arrival:
-        """Wait for the batch that this payload is in.
+    def arrive(self, handle: str) -> Sequence[str]:
+        """Wait for the batch that this payload is in; the names of all of it.
 
         All that will be sent in this step has been: incomplete batches leave now.
         """
+        return self._arrival(handle).names
+
+    def _arrival(self, handle: str) -> Arrival:
         if handle not in self._arrived:
             for batch in dict.fromkeys(self._batches.values()):
                 if batch.payloads and batch.handle is None:
@@ -266,14 +262,14 @@ class GatheredExchange(_HorovodExchange):
             batch.clear()
         self._arrived.clear()
 
-    def drop(self, arrival: Arrival) -> None:
-        """Its payloads need not be kept."""
-        for name in arrival.names:
+    def drop(self, names: Sequence[str]) -> None:
+        """Their payloads need not be kept."""
+        for name in names:
             self._arrived.pop(name, None)
 
     def finish(self, handle: str) -> Sequence[Payload | None]:
         """The payloads of all ranks."""
-        payloads = self.arrive(handle).payloads(handle, self.size)
+        payloads = self._arrival(handle).payloads(handle, self.size)
         del self._arrived[handle]
         return payloads
 
@@ -318,7 +314,7 @@ def _natural(name: str) -> list[tuple[str, int]]:
     return [(text, int(number or -1)) for text, number in words]
 
 
-class EmbeddedExchange(_HorovodExchange):
+class EmbeddedExchange(_Ranks):
     """Payloads inside the tensor that Horovod reduces."""
 
     batched = False
@@ -343,6 +339,13 @@ class EmbeddedExchange(_HorovodExchange):
 
     def forsake(self, handle: str) -> None:
         """Nothing is awaited but what Horovod reduces."""
+
+    def arrive(self, handle: str) -> Sequence[str]:
+        """It is there, with what Horovod reduced, and nothing else."""
+        return [handle]
+
+    def drop(self, names: Sequence[str]) -> None:
+        """`finish` has done so."""
 
     def drain(self) -> None:
         """All is on its way with what Horovod reduces."""
@@ -390,7 +393,7 @@ class EmbeddedExchange(_HorovodExchange):
 
 def exchange_for(
     carrier: Carrier, sparsifier: Sparsifier, group: Any, prefix: str
-) -> EmbeddedExchange | GatheredExchange:
+) -> HorovodExchange:
     """What carries payloads as the user wants it, if the sparsifier allows.
 
     Raises:

@@ -12,7 +12,7 @@ import torch
 from hvd_sparse.core.contracts import ExchangeError, Op
 from hvd_sparse.core.flight import Flight
 from hvd_sparse.core.path import GradientPath
-from hvd_sparse.torch.exchanges import EmbeddedExchange, GatheredExchange
+from hvd_sparse.torch.contract import HorovodExchange
 from hvd_sparse.torch.outbound import Outbound, changed
 from hvd_sparse.torch.states import viewed
 from hvd_sparse.torch.step import Context, Idle, Step, forgotten
@@ -27,7 +27,7 @@ class Inbound:
         self,
         step: Step,
         path: GradientPath,
-        carrier: EmbeddedExchange | GatheredExchange,
+        carrier: HorovodExchange,
         outbound: Outbound,
         found: Callable[[Op], Op],
         release: Callable[[], None],
@@ -102,14 +102,11 @@ class Inbound:
     def _receive_batch(self, flight: Flight) -> int:
         """Receive all that it arrived with, where that can be; returns how many."""
         step = self._step
-        if (
-            not isinstance(self._carrier, GatheredExchange)
-            or self._path.scaling.is_used
-        ):
+        if self._path.scaling.is_used:
             return 0
-        arrival = self._carrier.arrive(flight.handle)
-        contexts = [c for n in arrival.names if (c := step.under_way.get(n))]
-        if len(contexts) != len(arrival.names):  # some were received alone
+        names = self._carrier.arrive(flight.handle)
+        contexts = [c for n in names if (c := step.under_way.get(n))]
+        if len(contexts) != len(names):  # some were received alone
             return 0
         if any(context.place.changed for context in contexts):
             return 0
@@ -120,7 +117,7 @@ class Inbound:
         self._path.hand_back(flights, [viewed(result) for result in results])
         for context, result in zip(contexts, results, strict=True):
             step.arrive(context, result)
-        self._carrier.drop(arrival)
+        self._carrier.drop(names)
         return len(contexts)
 
     def _receive_alone(self, ctx: Context, flight: Flight) -> int:

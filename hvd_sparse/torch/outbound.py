@@ -14,7 +14,7 @@ from hvd_sparse.core.frame import frame_bytes
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.payload import Raised
 from hvd_sparse.core.plan import Tensor as Admitted
-from hvd_sparse.torch.exchanges import EmbeddedExchange, GatheredExchange
+from hvd_sparse.torch.contract import HorovodExchange
 from hvd_sparse.torch.places import Place
 from hvd_sparse.torch.states import viewed
 from hvd_sparse.torch.step import Context, Step
@@ -43,7 +43,7 @@ class Outbound:
         self,
         step: Step,
         path: GradientPath,
-        carrier: EmbeddedExchange | GatheredExchange,
+        carrier: HorovodExchange,
         watchdog: Watchdog,
     ) -> None:
         """Join the parts."""

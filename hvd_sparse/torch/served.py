@@ -19,11 +19,8 @@ from hvd_sparse.advice import Adviser
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.torch.advice import advise
 from hvd_sparse.torch.contended import Contended
-from hvd_sparse.torch.exchanges import (
-    EmbeddedExchange,
-    GatheredExchange,
-    is_exchanged,
-)
+from hvd_sparse.torch.contract import HorovodExchange
+from hvd_sparse.torch.exchanges import is_exchanged
 from hvd_sparse.torch.names import Caller, ParameterNames
 from hvd_sparse.torch.step import Context
 from hvd_sparse.torch.unused import Unused, looked_at
@@ -60,7 +57,7 @@ class Served:
         self,
         names: ParameterNames,
         path: GradientPath,
-        carrier: EmbeddedExchange | GatheredExchange,
+        carrier: HorovodExchange,
         group: Callable[[], Any],
         lock: threading.RLock,
     ) -> None:

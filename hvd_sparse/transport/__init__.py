@@ -1,5 +1,5 @@
 """Who carries bytes between ranks.
 
 `mpi` has the protocol of a step, over MPI or whatever else is a
-`hvd_sparse.core.contracts.Communicator`; `loopback` is one inside a process.
+`contract.Communicator`; `loopback` is one inside a process.
 """

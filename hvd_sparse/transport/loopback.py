@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvd_sparse.core.contracts import Arrived, Communicator, ExchangeError
+from hvd_sparse.core.contracts import ExchangeError
+from hvd_sparse.transport.contract import Arrived, Communicator
 
 Array = npt.NDArray[Any]
 

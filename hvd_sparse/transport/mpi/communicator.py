@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from hvd_sparse.core.contracts import Arrived, Communicator
+from hvd_sparse.transport.contract import Arrived, Communicator
 from hvd_sparse.transport.mpi import failure
 
 Array = npt.NDArray[Any]

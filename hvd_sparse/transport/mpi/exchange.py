@@ -12,13 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvd_sparse.core.contracts import (
-    Arrived,
-    Communicator,
-    ExchangeError,
-    Located,
-)
+from hvd_sparse.core.contracts import ExchangeError, Located
 from hvd_sparse.core.payload import Payload
+from hvd_sparse.transport.contract import Arrived, Communicator
 from hvd_sparse.transport.mpi import protocol
 from hvd_sparse.transport.mpi.agreement import STEP_HEADER_BYTES, Row
 from hvd_sparse.transport.mpi.buffers import WORD, Buffers

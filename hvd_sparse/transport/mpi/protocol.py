@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from hvd_sparse.core.contracts import Arrived, Communicator, ExchangeError
+from hvd_sparse.core.contracts import ExchangeError
+from hvd_sparse.transport.contract import Arrived, Communicator
 from hvd_sparse.transport.mpi.agreement import (
     STEP_HEADER_BYTES,
     Row,
