@@ -59,10 +59,6 @@ FRAMES = {"_getframe", "_current_frames", "currentframe", "f_back", "f_locals"}
 SNIFFING = {"hasattr", "getattr", "signature"}
 
 MOST_LINES = 450  # of a file
-# what is still to be split, with the lines it has: numbers get smaller, no row is added
-LARGER = {
-    "hvd_sparse.tensorflow.horovod": 610,
-}
 MOST_LINES_OF_PATH = 200
 
 
@@ -254,10 +250,7 @@ def test_path_is_read_in_one_sitting() -> None:
 
 def test_no_file_grows_beyond_a_size_that_can_be_read() -> None:
     sizes = {module: lines(path) for module, path in SOURCES.items()}
-    most = {module: LARGER.get(module, MOST_LINES) for module in SOURCES}
-    assert {m: n for m, n in sizes.items() if n > most[m]} == {}
-    split = {m for m in LARGER if m not in sizes or sizes[m] <= MOST_LINES}
-    assert split == set(), "take them out of LARGER"
+    assert {m: n for m, n in sizes.items() if n > MOST_LINES} == {}
 
 
 def lines(path: Path) -> int:

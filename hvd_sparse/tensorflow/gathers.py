@@ -1,6 +1,7 @@
 """Exchange: where payloads wait while the graph gathers them, which runs by itself."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -8,8 +9,22 @@ import numpy.typing as npt
 from hvd_sparse.core.frame import Frame, padded_bytes
 from hvd_sparse.core.payload import Payload, Raised
 from hvd_sparse.core.received import Received, split
+from hvd_sparse.tensorflow.names import collective
 
 Array = npt.NDArray[Any]
+Tensor = Any  # tf.Tensor: TensorFlow has no types
+
+
+def horovod() -> Any:
+    """horovod.tensorflow, imported at first use."""
+    try:
+        import horovod.tensorflow as hvd
+    except ImportError as error:
+        raise ImportError(
+            "SparseCompressor needs Horovod with TensorFlow: launch/build-horovod "
+            "builds it; without Horovod use hvd_sparse.tensorflow.DistributedOptimizer"
+        ) from error
+    return hvd
 
 
 class GraphExchange:
@@ -18,22 +33,51 @@ class GraphExchange:
     weight = 1
     uneven = False
 
-    def __init__(self, group: Callable[[], Any], *, padded: bool) -> None:
-        """Args: group: returns the process set. padded: ranks choose k themselves."""
-        self._group = group
+    def __init__(self, process_set: Any, prefix: str, *, padded: bool) -> None:
+        """Nothing has left.
+
+        Args:
+            process_set: Horovod's; None for all ranks.
+            prefix: of the names of collectives.
+            padded: ranks choose k themselves.
+        """
+        self._process_set = process_set
+        self._prefix = prefix
         self._padded = padded
         self._sent: dict[str, Frame] = {}
         self._gathered: dict[str, Array] = {}
 
     @property
+    def group(self) -> Any:
+        """The process set."""
+        if self._process_set is None:
+            return horovod().global_process_set
+        return self._process_set
+
+    @property
     def rank(self) -> int:
         """This process in the process set."""
-        return int(self._group().rank())
+        return int(self.group.rank())
 
     @property
     def size(self) -> int:
         """Processes in the process set."""
-        return int(self._group().size())
+        return int(self.group.size())
+
+    @property
+    def certain(self) -> bool:
+        """Whether a graph gathers whenever it runs: Horovod may decide when it does."""
+        elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
+        return not elastic and self.group.included() and self.size > 1
+
+    def gather(self, name: str, payload: Tensor) -> Tensor:
+        """Build, in a graph, the exchange of what is outgoing."""
+        return horovod().allgather(
+            payload,
+            name=f"HorovodAllgather.{self._prefix}.{collective(name)}",
+            ignore_name_scope=True,
+            process_set=self.group,
+        )
 
     def start(self, name: str, payload: Payload | Raised) -> str:
         """It leaves when the graph asks for it."""

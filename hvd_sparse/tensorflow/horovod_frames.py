@@ -55,6 +55,10 @@ class Call(NamedTuple):
     optimizer: Any
     loss_scale: Any
 
+    def place(self, gradient: Tensor) -> int:
+        """Where it is among the gradients."""
+        return next(p for p, other in enumerate(self.gradients) if other is gradient)
+
 
 def call_of(compressor: object, gradient: Tensor) -> Call:
     """The call of `compress(gradient)` that the caller of this function is in."""

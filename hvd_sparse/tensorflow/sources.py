@@ -14,9 +14,9 @@ class Sources:
     """The variables whose gradients leave together, in one graph, which keeps this.
 
     Attributes:
-        of: references to the compressor, the optimizer's scope, and the variables, as
-            the graph was traced with them. Horovod's graphs live for ever; models need
-            not.
+        of: references to the compressor's Tracing, the optimizer's scope, and the
+            variables, as the graph was traced with them. Horovod's graphs live for
+            ever; models need not.
         gradients: of the graph; None in place of those that do not exist.
         numbers: (n,) int64, of the graph: which they are when it runs.
         dense: places of those that go dense.

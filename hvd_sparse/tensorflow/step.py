@@ -5,7 +5,8 @@ goes what was raised, which every rank raises when it receives. Until the last r
 there all of the step can be taken back.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -17,6 +18,7 @@ from hvd_sparse.core.flight import Flight
 from hvd_sparse.core.interrupts import Uninterrupted
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.payload import Raised
+from hvd_sparse.core.plan import Tensor as Admitted
 from hvd_sparse.tensorflow.buffers import Buffers
 from hvd_sparse.tensorflow.gathers import GraphExchange
 from hvd_sparse.watchdog import Watchdog
@@ -28,7 +30,9 @@ class Flights:
     """What all steps of one compressor share.
 
     Attributes:
+        lock: of all that they share.
         by_name: the last one of each tensor.
+        dense: tensors that Horovod reduces without us. A load keeps them: graphs do.
         outs: memory for results.
     """
 
@@ -39,17 +43,30 @@ class Flights:
         self.path = path
         self.exchange = exchange
         self.watchdog = watchdog
+        self.lock = threading.RLock()  # TensorFlow calls from several threads
         self.by_name: dict[str, Flight] = {}
+        self.dense: dict[str, Admitted] = {}
         self.outs = Buffers()
 
-    def forget(self, name: str) -> None:
-        """The tensor is gone."""
-        self.by_name.pop(name, None)
-        self.outs.forget(name)
+    def forget(self, names: Iterable[str]) -> None:
+        """Tensors are gone: drop what is kept of those that are not on their way."""
+        for name in names:
+            tensor = self.path.plan.tensors.get(name)
+            if tensor is not None and tensor.in_flight:
+                continue
+            self.path.residuals.forget(name)
+            self.by_name.pop(name, None)
+            self.outs.forget(name)
+            self.dense.pop(name, None)
+
+    def clear(self) -> None:
+        """A state is loaded: nothing is on its way."""
+        self.by_name.clear()
+        self.watchdog.forget()
 
 
 class Step:
-    """Tensors that leave together; whoever calls holds the compressor's lock."""
+    """Tensors that leave together; whoever calls holds the lock of its flights."""
 
     def __init__(
         self, flights: Flights, gradients: Mapping[str, Callable[[], Array]]
