@@ -196,9 +196,7 @@ class SparseCompressor:
             caller = find_caller(depth=1)
             self._check_gradient(tensor, caller)
             if caller is not None:
-                self._served.meet(
-                    caller.optimizer, before_closure=caller.steps_with_closure
-                )
+                self._served.meet(caller.optimizer, caller)
             if self._elastic and not self._shutdown.recovers:
                 self._shutdown.recovers = elastic.covers(self)
             name, parameter = self._served.names.find(tensor, caller)

@@ -77,26 +77,26 @@ class Served:
         self._before_closure = False
         self._stepping = False
 
-    def meet(self, optimizer: Any, *, before_closure: bool) -> None:
+    def meet(self, optimizer: Any, caller: Caller | None) -> None:
         """It calls, or is about to step.
 
         Args:
             optimizer: Horovod's.
-            before_closure: gradients of its step have not been computed.
+            caller: where it calls.
 
         Raises:
             ValueError: it is another one than before, or of another process set.
         """
         if self._known is not optimizer:
             with self._lock:
-                self._get_to_know(optimizer, before_closure)
+                self._get_to_know(optimizer, caller)
 
     @property
     def _known(self) -> Any:
         """None, too, if it is gone."""
         return None if self._optimizer is None else self._optimizer()
 
-    def _get_to_know(self, optimizer: Any, before_closure: bool) -> None:
+    def _get_to_know(self, optimizer: Any, caller: Caller | None) -> None:
         if self._known is not None:
             raise ValueError(
                 "one SparseCompressor serves one optimizer, got a second: give each "
@@ -108,7 +108,7 @@ class Served:
                 f"process_set must be that of the optimizer, {theirs}, got {ours}"
             )
         self._optimizer = weakref.ref(optimizer)
-        self._before_closure = before_closure
+        self._before_closure = caller is not None and caller.steps_with_closure
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
         self._adviser.step(optimizer, self._carrier.rank, stacklevel=4)
@@ -250,6 +250,6 @@ def watch_steps(served: Callable[[Any], Served | None]) -> None:
         del args, kwargs
         ours = served(optimizer)
         if ours is not None and is_exchanged(optimizer) and newcomers(optimizer):
-            ours.meet(optimizer, before_closure=False)
+            ours.meet(optimizer, None)
 
     register_optimizer_step_pre_hook(before_any_step)
