@@ -69,6 +69,7 @@ class Gradients:
         the gradients. That every rank holds the same parameters, and has frozen the
         same ones, is agreed on with it.
         """
+        self.turns.fresh = False
         with self._reported():
             optimizer: Any = self._optimizer()
             refuse_unscaled(self.scaler, optimizer)
@@ -79,9 +80,7 @@ class Gradients:
             self.turns.begin(held)
         try:
             with Uninterrupted():  # also between the exchanges of a step
-                mean = self._exchange(held, loss)
-                self.turns.exchanged = True
-                return mean
+                return self._exchange(held, loss)
         finally:
             self.turns.end()
 
@@ -98,12 +97,12 @@ class Gradients:
                 self.unused.note(parameter, parameter.grad)
 
     def discard(self) -> None:
-        """By the user; peers may be in the exchange that this rank has not made."""
-        if self.reduce.can_discard and not self.turns.exchanged:
-            self.synchronize()
+        """By the user; peers may wait in the exchange that this rank has not made."""
+        if self.reduce.can_discard and self.turns.fresh:
+            self.exchange()
         self.reduce.discard()
         self.unused.forget()
-        self.turns.synchronized = self.turns.exchanged = False
+        self.turns.synchronized = False
 
     def _throw_away(self, stacklevel: int) -> None:
         """The step before, if nothing became of it."""

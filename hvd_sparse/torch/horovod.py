@@ -327,18 +327,18 @@ class SparseCompressor:
         """Throw this step's gradients away, in place of a step of the optimizer.
 
         Residuals are what they were before, bitwise. Collective: every rank calls it
-        before its next backward pass, with `optimizer.synchronize()` before or without:
-        then it does that first, since peers may wait, also where this rank had no
-        backward pass. In the next step, ranks that differ get an ExchangeError that
-        names tensor, rank and step, but with Embedded(), whose ranks may be apart.
-        Gradients are the results: zero them.
+        between its backward pass and the next one, after `optimizer.synchronize()` or
+        without: then this does so first, since peers may wait. In the next step, ranks
+        that differ get an ExchangeError that names tensor, rank and step, but with
+        Embedded(), whose ranks may be apart. Gradients are the results: zero them
+        afterwards.
 
         Raises:
-            RuntimeError: undo=True was not given, or there is nothing to throw away:
-                no optimizer has called yet.
+            RuntimeError: undo=True was not given, or nothing was sent since the last
+                time.
             ExchangeError: as in `decompress`.
         """
-        if self._path.residuals.can_discard and not self._served.exchanged:
+        if self._path.residuals.can_discard and self._step.under_way:
             self._served.synchronize()
         with self._lock:
             if under_way := self._step.under_way:

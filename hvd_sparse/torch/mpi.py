@@ -178,7 +178,7 @@ class _Distributed:
         self._sparse.unused.forget()
         if turns.synchronized:
             turns.recall(self._sparse.parameters.held())
-        turns.synchronized = turns.exchanged = False
+        turns.synchronized = False
         result = own_step(self, *arguments, **options)
         turns.synchronized = False  # by a closure, say
         turns.stepped()
@@ -269,10 +269,10 @@ class _Distributed:
     def discard(self) -> None:
         """Throw this step's gradients away, in place of a step of the optimizer.
 
-        Residuals are what they were before, bitwise. Collective: every rank calls it,
-        before its next backward pass, with `synchronize` before or without: then it
-        takes part in the exchange first, in which peers may wait, also where this rank
-        had no backward pass. Gradients are the results: zero them.
+        Residuals are what they were before, bitwise. Collective: every rank calls it
+        between its backward pass and the next one, after `synchronize` or without: then
+        this takes part in the exchange first, since peers may wait. Gradients are the
+        results: zero them afterwards.
 
         Example:
             optimizer.synchronize()
@@ -283,7 +283,8 @@ class _Distributed:
                     optimizer.step()
 
         Raises:
-            RuntimeError: undo=True was not given.
+            RuntimeError: undo=True was not given, or there was neither a backward pass
+                nor an exchange since the last time.
             ExchangeError: a peer disagrees, raised, or did not arrive in time.
         """
         self._sparse.discard()

@@ -50,7 +50,6 @@ class Served:
 
     Attributes:
         names: of its parameters.
-        exchanged: results of its gradients are there; no step has used them.
     """
 
     def __init__(
@@ -63,7 +62,6 @@ class Served:
     ) -> None:
         """Args: group: returns the process set. lock: of the compressor."""
         self.names = names
-        self.exchanged = False
         self._path = path
         self._carrier = carrier
         self._group = group
@@ -122,7 +120,6 @@ class Served:
         Raises:
             ValueError: a parameter has joined, too late for this step.
         """
-        self.exchanged = False
         joined: list[str] = []
         if caller is not None:
             joined = enlist(caller.optimizer, self.names)
@@ -176,7 +173,6 @@ class Served:
         Outside of a step that is after `synchronize`, by the user, who may do with it
         what he likes.
         """
-        self.exchanged = True
         result, place = context.result, context.place
         assert result is not None
         parameter = place.parameter if context.name in self._looked else None
@@ -191,14 +187,14 @@ class Served:
         release(self._known)
 
     def synchronize(self) -> None:
-        """In its place: exchange what it has not, also where it has no gradients."""
+        """In its place: exchange the gradients that are under way."""
         if (optimizer := self._known) is not None:
             optimizer.synchronize()
 
     def end(self) -> None:
         """Its step has been taken back, or thrown away: no result can be unused."""
         self._unused.forget()
-        self._stepping = self.exchanged = False
+        self._stepping = False
         if (optimizer := self._known) is not None:
             optimizer._synchronized = False  # its step exchanges what comes next
 
@@ -230,7 +226,7 @@ class Served:
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         del optimizer, args, kwargs
-        self._stepping = self.exchanged = False
+        self._stepping = False
         self._contended.stepped()
 
 

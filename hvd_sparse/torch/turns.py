@@ -28,14 +28,14 @@ class Turns:
 
     Attributes:
         synchronized: by the user, and no backward pass or step since.
-        exchanged: it can be thrown away: no backward pass or step since.
+        fresh: a backward pass has made gradients that have not been exchanged.
     """
 
     _all: ClassVar["weakref.WeakSet[Turns]"] = weakref.WeakSet()
 
     def __init__(self, parameters: Parameters) -> None:
         """Args: parameters: of the optimizer."""
-        self.synchronized = self.exchanged = False
+        self.synchronized = self.fresh = False
         self._parameters = parameters
         self._turns: dict[Tensor, _Turn] = {}
         self._rank = this_rank.get()  # others, in other threads, have tensors in use
@@ -50,7 +50,7 @@ class Turns:
 
     def forget(self, parameter: Tensor) -> None:
         """A backward pass gave it another gradient."""
-        self.synchronized = self.exchanged = False
+        self.synchronized, self.fresh = False, True
         turn = self._turns.pop(parameter, None)
         if turn is not None:
             turn.is_over = True

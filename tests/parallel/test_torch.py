@@ -889,10 +889,7 @@ def test_a_bad_batch_that_is_thrown_away_leaves_no_trace(density):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("has_gradient", [True, False])
-def test_a_rank_that_throws_a_step_away_before_its_exchange_takes_part_in_it(
-    has_gradient,
-):
+def test_a_rank_that_throws_a_step_away_before_its_exchange_takes_part_in_it():
     """It has seen its loss, which its peers have not."""
     weight = nn.Parameter(torch.zeros(400))
     optimizer = sparse.DistributedOptimizer(
@@ -909,8 +906,7 @@ def test_a_rank_that_throws_a_step_away_before_its_exchange_takes_part_in_it(
         before = optimizer.residual_state_dict()["tensors"]
         optimizer.zero_grad()
         bad = step == 2
-        if has_gradient or not (bad and alone):
-            (weight * own * (1e30 if bad else 1)).sum().backward()
+        (weight * own * (1e30 if bad else 1)).sum().backward()
         if not bad:
             optimizer.step()
             continue
@@ -918,10 +914,50 @@ def test_a_rank_that_throws_a_step_away_before_its_exchange_takes_part_in_it(
             optimizer.synchronize()
             optimizer.zero_grad()  # which makes no other step of it
         optimizer.discard()
+        with pytest.raises(RuntimeError, match=r"no step that discard\(\) could"):
+            optimizer.discard()  # moves nothing that peers could take for a step
         for name, kept in optimizer.residual_state_dict()["tensors"].items():
             assert kept["residual"].equal(before[name]["residual"])
     assert weight.isfinite().all()
     assert weight.abs().max() < 100
+    optimizer.close()
+
+
+@pytest.mark.ranks
+class Failing(TopK):
+    """On the last rank, in its second step."""
+
+    def select(self, residual, gradient, k, step):
+        if step == 1 and RANK == SIZE - 1:
+            raise ZeroDivisionError
+        return super().select(residual, gradient, k, step)
+
+
+@pytest.mark.ranks
+def test_a_step_that_failed_can_be_thrown_away():
+    weight = nn.Parameter(torch.zeros(40))
+    optimizer = sparse.DistributedOptimizer(
+        torch.optim.SGD([weight], lr=1.0),
+        Failing(0.1),
+        comm=COMM,
+        dense=Never(),
+        timeout_s=20,
+        undo=True,
+    )
+
+    def residual():
+        saved = optimizer.residual_state_dict()["tensors"]
+        return saved["group0.parameter0"]["residual"]
+
+    (weight * torch.arange(40.0)).sum().backward()
+    optimizer.step()
+    before = residual()
+    (weight * torch.arange(40.0)).sum().backward()
+    with pytest.raises((ZeroDivisionError, ExchangeError)):
+        optimizer.step()
+    assert not residual().equal(before)
+    optimizer.discard()
+    assert residual().equal(before)
     optimizer.close()
 
 
