@@ -338,7 +338,8 @@ class SparseCompressor:
                 time.
             ExchangeError: as in `decompress`.
         """
-        if self._path.residuals.can_discard and self._step.under_way:
+        waits = self._step.under_way and self._served.may_ask
+        if waits and self._path.residuals.can_discard:
             self._served.synchronize()
         with self._lock:
             if under_way := self._step.under_way:

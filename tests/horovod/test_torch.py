@@ -2099,6 +2099,21 @@ def test_a_rank_that_throws_a_step_away_before_its_exchange_takes_part_in_it(car
         assert parameter.isfinite().all()
 
 
+def test_of_a_step_that_was_given_up_nothing_is_exchanged_to_throw_it_away():
+    """Its peers may be in their next step, and would take it for that."""
+    model = perceptron()
+    compression = compressor(model, undo=True)
+    optimizer = wrap(model, compression)
+    train(model, optimizer, range(2))
+    loss_of(model, 2).backward()
+    for handle, _ in optimizer._handles.values():
+        hvd.synchronize(handle)
+    optimizer._handles.clear()
+    with pytest.raises(RuntimeError, match="its exchange is under way"):
+        compression.discard()
+    assert not optimizer._handles
+
+
 def test_nothing_can_be_thrown_away_before_the_first_gradient():
     compression = compressor(perceptron(), undo=True)
     with pytest.raises(RuntimeError, match=r"no step that discard\(\) could"):

@@ -891,15 +891,9 @@ def test_a_bad_batch_that_is_thrown_away_leaves_no_trace(density):
 @pytest.mark.ranks
 def test_a_rank_that_throws_a_step_away_before_its_exchange_takes_part_in_it():
     """It has seen its loss, which its peers have not."""
-    weight = nn.Parameter(torch.zeros(400))
-    optimizer = sparse.DistributedOptimizer(
-        torch.optim.SGD([weight], lr=1.0),
-        TopK(0.1),
-        comm=COMM,
-        dense=Never(),
-        timeout_s=20,
-        undo=True,
-    )
+    model = nn.ParameterDict({"weight": nn.Parameter(torch.zeros(400))})
+    weight = model["weight"]
+    optimizer = distribute(torch.optim.SGD([weight], lr=1.0), model, undo=True)
     own = torch.randn(400, generator=torch.Generator().manual_seed(RANK))
     alone = RANK == SIZE - 1
     for step in range(4):
@@ -923,7 +917,6 @@ def test_a_rank_that_throws_a_step_away_before_its_exchange_takes_part_in_it():
     optimizer.close()
 
 
-@pytest.mark.ranks
 class Failing(TopK):
     """On the last rank, in its second step."""
 
@@ -935,19 +928,13 @@ class Failing(TopK):
 
 @pytest.mark.ranks
 def test_a_step_that_failed_can_be_thrown_away():
-    weight = nn.Parameter(torch.zeros(40))
-    optimizer = sparse.DistributedOptimizer(
-        torch.optim.SGD([weight], lr=1.0),
-        Failing(0.1),
-        comm=COMM,
-        dense=Never(),
-        timeout_s=20,
-        undo=True,
-    )
+    model = nn.ParameterDict({"weight": nn.Parameter(torch.zeros(40))})
+    weight = model["weight"]
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    optimizer = distribute(optimizer, model, Failing(0.1), undo=True)
 
     def residual():
-        saved = optimizer.residual_state_dict()["tensors"]
-        return saved["group0.parameter0"]["residual"]
+        return optimizer.residual_state_dict()["tensors"]["weight"]["residual"]
 
     (weight * torch.arange(40.0)).sum().backward()
     optimizer.step()

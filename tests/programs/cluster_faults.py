@@ -59,7 +59,10 @@ else:
 
 
 # so that a deadline is not that of a rank that starts late
-MPI.COMM_WORLD.Barrier() if door == "mpi" else hvd.barrier()
+if door == "mpi":
+    MPI.COMM_WORLD.Barrier()
+else:
+    hvd.barrier()
 
 
 def say(text):
