@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 log = logging.getLogger("hvd_sparse")
 
@@ -46,22 +46,22 @@ class Watchdog:
         self._waiting = waiting
         self._waits: dict[str, int] = {}  # per tensor on its way, its step
         self._moves = 0
-        self._thread: threading.Thread | None = None
+        self._process = 0  # where the thread is, if there is one
         self._stopped = threading.Event()
 
     def sent(self, name: str, step: int) -> None:
         """A tensor is on its way."""
         self._waits[name] = step
         self._moves += 1
-        if self._thread is None or not self._thread.is_alive():  # or after a fork
-            self._thread = threading.Thread(
-                target=self._watch, name="hvd_sparse watchdog", daemon=True
-            )
-            self._thread.start()
+        if self._process != os.getpid():  # not yet, not any more, or after a fork
+            self._process = os.getpid()
+            name = "hvd_sparse watchdog"
+            threading.Thread(target=self._watch, name=name, daemon=True).start()
 
-    def received(self, name: str) -> None:
-        """It came back."""
-        self._waits.pop(name, None)
+    def received(self, names: Iterable[str]) -> None:
+        """They came back."""
+        for name in names:
+            self._waits.pop(name, None)
         self._moves += 1
 
     def forget(self) -> None:
@@ -74,6 +74,12 @@ class Watchdog:
         self._stopped.set()
 
     def _watch(self) -> None:
+        try:
+            self._count()
+        finally:
+            self._process = 0
+
+    def _count(self) -> None:
         # time is counted in ticks, so that a process that was itself stopped for a
         # while does not believe that it waited all that time
         tick = min(1.0, self._timeout_s / 20)

@@ -2,35 +2,32 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from hvd_sparse.core.contracts import Array
+from hvd_sparse.kernels.host import address
 
 _EFFORT = 100_000  # candidates that numpy tries before it gives up
 
 
-class Span(NamedTuple):
-    """Addresses that an array reaches over: [start, end), in bytes."""
-
-    start: int
-    end: int
+Span = tuple[int, int]  # addresses that an array reaches over: [start, end), in bytes
 
 
 def span(array: Array) -> Span:
     """Of an array on the host or a device, strided in any way."""
     on_host = isinstance(array, np.ndarray)
-    start = array.__array_interface__["data"][0] if on_host else array.data_ptr()
+    start = address(array) if on_host else array.data_ptr()
     if array.flags.c_contiguous if on_host else array.is_contiguous():
-        return Span(start, start + array.nbytes)
+        return start, start + array.nbytes
     if 0 in array.shape:
-        return Span(start, start)
+        return start, start
     end = start + array.itemsize
     for length, stride in zip(array.shape, _strides(array), strict=True):
         reach = (length - 1) * stride
         start, end = (start, end + reach) if reach > 0 else (start + reach, end)
-    return Span(start, end)
+    return start, end
 
 
 def sharing(arrays: Mapping[str, Array]) -> list[tuple[str, str]]:
@@ -40,16 +37,16 @@ def sharing(arrays: Mapping[str, Array]) -> list[tuple[str, str]]:
     """
     if apart([span(array) for array in arrays.values()]):
         return []
-    spans = sorted((span(array), name) for name, array in arrays.items())
-    pairs, open_ones = [], list[tuple[Span, str]]()
-    for here, name in spans:
-        open_ones = [other for other in open_ones if other[0].end > here.start]
+    spans = sorted((*span(array), name) for name, array in arrays.items())
+    pairs, open_ones = [], list[tuple[int, str]]()
+    for start, end, name in spans:
+        open_ones = [other for other in open_ones if other[0] > start]
         pairs += [
             (earlier, name)
             for _, earlier in open_ones
             if share(arrays[earlier], arrays[name])
         ]
-        open_ones.append((here, name))
+        open_ones.append((end, name))
     return pairs
 
 

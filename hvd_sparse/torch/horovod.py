@@ -232,7 +232,7 @@ class SparseCompressor:
     def _check_gradient(self, tensor: Tensor, caller: Caller | None) -> None:
         """Adasum gives weights: the parameter itself."""
         given = None if caller is None else caller.parameter
-        if tensor is given or tensor in self._served.names:
+        if tensor is given or (given is None and tensor in self._served.names):
             raise ValueError(
                 "op=Adasum is not supported: it combines weights, not gradients; use "
                 "op=hvd.Average or hvd.Sum"

@@ -110,23 +110,23 @@ class Inbound:
             return 0
         if any(context.place.changed for context in contexts):
             return 0
-        results = [step.places.result(context.place) for context in contexts]
+        results = step.places.results(context.place for context in contexts)
         if not all(result.is_contiguous() for result in results):
             return 0
         flights = [context.sent for context in contexts]
-        self._path.hand_back(flights, [viewed(result) for result in results])
-        for context, result in zip(contexts, results, strict=True):
-            step.arrive(context, result)
+        outs = [c.seen(result) for c, result in zip(contexts, results, strict=True)]
+        self._path.hand_back(flights, outs)
+        step.arrive(contexts, results)
         self._carrier.drop(names)
         return len(contexts)
 
     def _receive_alone(self, ctx: Context, flight: Flight) -> int:
-        result = self._step.places.result(ctx.place)
+        [result] = self._step.places.results([ctx.place])
         flat = result
         if not result.is_contiguous():
             flat = torch.empty_like(result, memory_format=torch.contiguous_format)
         self._path.hand_back([flight], [viewed(flat)])
-        self._step.arrive(ctx, result if flat is result else result.copy_(flat))
+        self._step.arrive([ctx], [result if flat is result else result.copy_(flat)])
         return 1
 
     def receive_nothing(self, reduced: Tensor, ctx: Idle) -> Tensor:
@@ -150,12 +150,12 @@ class Inbound:
             raise forgotten(ctx.name)
         if ctx.place.changed:
             raise changed(ctx.name)
-        result = self._step.places.result(ctx.place)
+        [result] = self._step.places.results([ctx.place])
         result = reduced if reduced is result else result.copy_(reduced)
         self.look_for_overflow(result)
         wire_bytes = reduced.numel() * reduced.element_size()
         self._path.traffic.count(known, reduced.numel(), wire_bytes, wire_bytes)
-        self._step.arrive(ctx, result)
+        self._step.arrive([ctx], [result])
 
     def look_for_overflow(self, result: Tensor) -> None:
         """Of what Horovod reduced: the optimizer's step will be skipped."""

@@ -78,7 +78,8 @@ class Outbound:
             step.waiting[name] = context
         else:
             self._send_alone(context)
-        self._send_together(due)
+        if due:
+            self._send_together(due)
         return self._carrier.to_reduce(name), context
 
     def flush(self) -> None:
@@ -146,7 +147,7 @@ class Outbound:
         small = reduced.numel() * reduced.element_size() <= _COPIED
         if small or not self._step.places.may_give_way(context.place):
             return reduced.clone()
-        context.place.reduced = context.name
+        self._step.places.reduce(context.place, context.name)
         return reduced
 
     # ------------------------------------------------------- this rank has raised

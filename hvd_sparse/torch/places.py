@@ -10,6 +10,8 @@ this is the one thing that all compressors of a process share.
 import threading
 import weakref
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +33,7 @@ class Place:
         gradient: what was given; Horovod may let it point elsewhere.
         memory: the same elements, wherever that points.
         parameter: whose `grad` it is; None if it is nobody's.
-        region: set of the places whose memory may overlap.
+        region: set of the places whose memory may overlap; None until that is known.
         reduced: what to call it, where Horovod reduces it in its place.
         contended: another compressor has the gradient of this parameter too.
     """
@@ -59,8 +61,7 @@ class Place:
         self._changed: bool | None = None
         self._version = gradient._version
         # the version of a part counts what is written into the other parts too
-        whole = gradient.untyped_storage().nbytes()
-        part = gradient.numel() * gradient.element_size() < whole
+        part = gradient.nbytes < gradient.untyped_storage().nbytes()
         self._sum = fingerprint(self.memory) if part else None
 
     @property
@@ -87,6 +88,17 @@ class Place:
         if self._changed is None:
             self._changed = self._is_changed()
 
+    def part_from(self, others: "list[Place]") -> None:
+        """Give the parameter a `grad` of its own where this one is another's too.
+
+        Each is to point to its result.
+        """
+        parameter, gradient = self.parameter, self.gradient
+        if parameter is None or parameter.grad is not gradient:  # `changed` says so
+            return
+        if any(place.gradient is gradient for place in others):
+            parameter.grad = self.gradient = gradient.detach()
+
     def seen(self, result: Tensor) -> Tensor:
         """The gradient itself, where the result is what it points to."""
         gradient = self.gradient
@@ -97,22 +109,36 @@ class Place:
 class _Region:
     """An interval of addresses, and all places in it; intervals do not overlap."""
 
-    __slots__ = ("first", "members", "stop")
+    __slots__ = ("members", "start", "stop")
 
-    def __init__(self, first: int, stop: int, members: list[Place]) -> None:
-        self.first, self.stop, self.members = first, stop, members
-        for place in members:
+    def __init__(self, place: Place) -> None:
+        self.start, self.stop = span(place.memory)
+        self.members = [place]
+
+    def swallow(self, other: "_Region") -> None:
+        """It overlaps."""
+        for place in other.members:
+            place.part_from(self.members)
             place.region = self
+            self.members.append(place)
+        self.stop = max(self.stop, other.stop)
 
 
 class Places:
-    """Those of one compressor; they know of the others'."""
+    """Those of one compressor; they know of the others'.
+
+    A gradient is given where every microsecond delays the backward pass, with its
+    caches full of other things. So it is only noted there; what it shares with others
+    is found out when that is first asked, of all that were given by then.
+    """
 
     # a list, since a WeakSet takes a microsecond to say how many there are
     _all: ClassVar[list["weakref.ref[Places]"]] = []
+    _reduced: ClassVar[int] = 0  # by Horovod in their place; more if one was dropped
 
     def __init__(self) -> None:
         """Empty."""
+        self._noted: list[Place] = []
         self._starts: list[int] = []  # ascending, of the regions
         self._regions: list[_Region] = []
         with _lock:
@@ -121,51 +147,28 @@ class Places:
     def enter(self, gradient: Tensor, parameter: Tensor | None) -> Place:
         """A gradient was given.
 
-        The parameter gets a `grad` of its own where this one is another's too: each is
-        to point to its result.
+        The parameter gets a `grad` of its own where this one is another's too.
 
         Raises:
             ValueError: Horovod is just writing there.
         """
+        place = Place(gradient, parameter)
         with _lock:
-            first, stop = span(gradient)
-            met = self._between(first, stop)
-            members = [p for region in self._regions[met] for p in region.members]
-            others = self._others(first, stop)
-            _check_unreduced([*members, *others])
-            if parameter is not None and any(p.gradient is gradient for p in members):
-                parameter.grad = gradient = gradient.detach()
-            place = Place(gradient, parameter)
-            for other in others:
-                if parameter is not None and other.parameter is parameter:
-                    place.contended = other.contended = True
-            if first < stop:
-                self._join(met, _Region(first, stop, [place, *members]))
-            return place
+            if Places._reduced:
+                _check_unreduced(_met(span(place.memory)))
+            self._noted.append(place)
+        return place
 
-    def _between(self, first: int, stop: int) -> slice:
-        """The regions that an interval meets."""
-        low = bisect_right(self._starts, first)
-        if low and self._regions[low - 1].stop > first:
-            low -= 1
-        return slice(low, max(low, bisect_left(self._starts, stop)))
-
-    def _join(self, met: slice, region: _Region) -> None:
-        for other in self._regions[met]:
-            region.first = min(region.first, other.first)
-            region.stop = max(region.stop, other.stop)
-        self._starts[met], self._regions[met] = [region.first], [region]
-
-    def leave(self, place: Place) -> None:
-        """Its result is there, or nobody will ask for it."""
+    def leave(self, places: Iterable[Place]) -> None:
+        """Their results are there, or nobody will ask for them."""
         with _lock:
-            region, place.region = place.region, None
-            if region is None:
-                return
-            region.members.remove(place)
-            if not region.members:
-                at = bisect_left(self._starts, region.first)
-                del self._starts[at], self._regions[at]
+            for place in places:
+                if place.region is not None:
+                    place.region.members.remove(place)
+                    place.region = None
+                elif place in self._noted:
+                    self._noted.remove(place)
+                _end_reduction(place)
 
     def clear(self) -> None:
         """Nothing is under way any more."""
@@ -173,18 +176,31 @@ class Places:
             for region in self._regions:
                 for place in region.members:
                     place.region = None
-            self._starts.clear()
-            self._regions.clear()
+                    _end_reduction(place)
+            self._noted, self._regions, self._starts = [], [], []
+
+    def reduce(self, place: Place, name: str) -> None:
+        """Horovod reduces it in its place from now on."""
+        with _lock:
+            place.reduced = name
+            Places._reduced += 1
 
     def settle(self) -> None:
         """Results come now: whose gradient, where they are written, has changed?"""
         with _lock:
+            _find_regions()
             for region in self._regions:
-                for place in (
-                    *region.members,
-                    *self._others(region.first, region.stop),
-                ):
+                for place in (*region.members, *self._others(region)):
                     place.settle()
+
+    def results(self, places: Iterable[Place]) -> list[Tensor]:
+        """Where to write the result of each."""
+        with _lock:
+            _find_regions()
+            return [
+                place.memory if self._may_give_way(place) else _another(place.memory)
+                for place in places
+            ]
 
     def may_give_way(self, place: Place) -> bool:
         """Whether the result may be written where the gradient is.
@@ -192,33 +208,91 @@ class Places:
         Not where others need it: gradients that are under way, the parameter itself,
         whoever may ask for derivatives. Elements that overlap can not hold it either.
         """
-        return not (_is_needed(place) or repeats(place.memory) or self._shares(place))
-
-    def result(self, place: Place) -> Tensor:
-        """Where to write the result."""
-        if self.may_give_way(place):
-            return place.memory
-        memory_format = torch.contiguous_format
-        return torch.empty_like(place.memory, memory_format=memory_format)
-
-    def _shares(self, place: Place) -> bool:
         with _lock:
-            if place.region is None:
-                return False
-            alone = len(place.region.members) == 1
-            return not alone or bool(self._others(*span(place.memory)))
+            _find_regions()
+            return self._may_give_way(place)
 
-    def _others(self, first: int, stop: int) -> list[Place]:
+    def _may_give_way(self, place: Place) -> bool:
+        region = place.region
+        if region is not None and (len(region.members) > 1 or self._others(region)):
+            return False
+        return not (_is_needed(place) or repeats(place.memory))
+
+    def _find_regions(self) -> None:
+        """Of what was noted, beside those that are known."""
+        if not self._noted:
+            return
+        noted, self._noted = self._noted, []
+        regions = [region for region in self._regions if region.members]
+        for place in noted:
+            place.region = region = _Region(place)
+            if region.start < region.stop:
+                regions.append(region)
+        self._regions = _merged(regions)
+        self._starts = [region.start for region in self._regions]
+        for place in noted:
+            self._find_contenders(place)
+
+    def _find_contenders(self, place: Place) -> None:
+        if place.parameter is None or place.region is None:
+            return
+        for other in self._others(place.region):
+            if other.parameter is place.parameter:
+                place.contended = other.contended = True
+
+    def _others(self, region: _Region) -> list[Place]:
         """What other compressors have there."""
-        if len(Places._all) == 1:  # asked three times a gradient
+        if len(Places._all) == 1:  # most often
             return []
-        return [
-            place
-            for reference in list(Places._all)
-            if (places := reference()) is not None and places is not self
-            for region in places._regions[places._between(first, stop)]
-            for place in region.members
-        ]
+        interval = region.start, region.stop
+        others = (places for places in _living() if places is not self)
+        return [place for places in others for place in places._within(interval)]
+
+    def _within(self, interval: tuple[int, int]) -> list[Place]:
+        """Those in the regions that an interval of addresses meets."""
+        start, stop = interval
+        low = bisect_right(self._starts, start)
+        if low and self._regions[low - 1].stop > start:
+            low -= 1
+        high = max(low, bisect_left(self._starts, stop))
+        return [p for region in self._regions[low:high] for p in region.members]
+
+
+def _living() -> list[Places]:
+    return [places for ref in list(Places._all) if (places := ref()) is not None]
+
+
+def _find_regions() -> None:
+    for places in _living():
+        places._find_regions()
+
+
+def _merged(regions: list[_Region]) -> list[_Region]:
+    """Sorted, and those that overlap as one."""
+    regions.sort(key=attrgetter("start"))
+    merged: list[_Region] = []
+    for region in regions:
+        if merged and region.start < merged[-1].stop:
+            merged[-1].swallow(region)
+        else:
+            merged.append(region)
+    return merged
+
+
+def _met(interval: tuple[int, int]) -> list[Place]:
+    """All that any compressor has there."""
+    _find_regions()
+    return [place for places in _living() for place in places._within(interval)]
+
+
+def _end_reduction(place: Place) -> None:
+    if place.reduced:
+        place.reduced = ""
+        Places._reduced -= 1
+
+
+def _another(memory: Tensor) -> Tensor:
+    return torch.empty_like(memory, memory_format=torch.contiguous_format)
 
 
 def _check_unreduced(places: list[Place]) -> None:

@@ -6,6 +6,7 @@ that a peer has failed. What was sent counts when the last result is there; unti
 all of the step can be taken back, and is, on every rank.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,7 @@ class Context:
     kept: bool = False
     excused: bool = False
     alone: bool = False
+    _array: Any = None
 
     @property
     def sent(self) -> Flight:
@@ -59,7 +61,13 @@ class Context:
     @property
     def array(self) -> Any:
         """The gradient as the path sees it."""
-        return viewed(self.place.memory)
+        if self._array is None:
+            self._array = viewed(self.place.memory)
+        return self._array
+
+    def seen(self, result: Tensor) -> Any:
+        """Its result as the path sees it."""
+        return self.array if result is self.place.memory else viewed(result)
 
 
 @dataclass(slots=True)
@@ -155,11 +163,12 @@ class Step:
 
     # ------------------------------------------------------------------------ its end
 
-    def arrive(self, context: Context, result: Tensor) -> None:
-        """It counts when all others have arrived as well."""
-        context.result = result
-        self.arrived.append(context)
-        self._leave(context)
+    def arrive(self, contexts: Sequence[Context], results: Sequence[Tensor]) -> None:
+        """They count when all others have arrived as well."""
+        for context, result in zip(contexts, results, strict=True):
+            context.result = result
+        self.arrived += contexts
+        self._leave(contexts)
 
     def settle(self) -> BaseException | None:
         """If all is there it can not be taken back any more; what is alone counts now.
@@ -190,8 +199,7 @@ class Step:
         """Nothing of it counts: what was sent is back in the residuals."""
         contexts = [*self.arrived, *self.under_way.values()]
         waiting = list(self.waiting.values())
-        for context in list(self.under_way.values()):
-            self._leave(context)
+        self._leave(list(self.under_way.values()))
         self._path.recall([c.flight for c in contexts if c.flight is not None])
         for context in waiting:
             self.keep(context)
@@ -207,7 +215,7 @@ class Step:
         if context is None:
             return
         self.failure = None
-        self._leave(context)
+        self._leave([context])
         if self.waiting.pop(name, None) is None:
             self._path.recall([context.flight] if context.flight else [])
         elif not np.may_share_memory(context.array, viewed(gradient)):
@@ -221,8 +229,10 @@ class Step:
         self._watchdog.forget()
         self._clear()
 
-    def _leave(self, context: Context) -> None:
-        """It is not under way any more; what is there holds the gradient alive."""
-        self.under_way.pop(context.name, None)
-        self.places.leave(context.place)
-        self._watchdog.received(context.name)
+    def _leave(self, contexts: Sequence[Context]) -> None:
+        """They are not under way any more; what is there holds the gradient alive."""
+        names = [context.name for context in contexts]
+        for name in names:
+            self.under_way.pop(name, None)
+        self.places.leave(context.place for context in contexts)
+        self._watchdog.received(names)
