@@ -389,6 +389,10 @@ class SparseAllreduce:
             self._path.residuals.load_state_dict(state)
             self._exchange.step = state["step"]
 
+    def applied(self) -> None:
+        """Say that the results were used: `discard` refuses to throw them away then."""
+        self._path.residuals.applied()
+
     def discard(self) -> None:
         """Throw the last exchange away: residuals, steps are what they were, bitwise.
 
@@ -399,7 +403,8 @@ class SparseAllreduce:
 
         Raises:
             RuntimeError: undo=True was not given, there is no exchange since the last
-                one that was thrown away, or another thread uses this object.
+                one that was thrown away, it is known to be `applied`, or another thread
+                uses this object.
             ExchangeError: as in grouped_allreduce.
         """
         with self._alone():

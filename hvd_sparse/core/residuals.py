@@ -149,6 +149,11 @@ class Residuals:
         """Whether copies are kept for it."""
         return self._undo is not None
 
+    def applied(self) -> None:
+        """The last step was applied: it can not be thrown away any more."""
+        if self._undo is not None:
+            self._undo.applied()
+
     def discard(self) -> None:
         """Throw the last step away: residuals and steps are what they were, bitwise.
 
@@ -156,7 +161,8 @@ class Residuals:
 
         Raises:
             RuntimeError: it was not asked for with `undo`, there is no step since the
-                last one that was thrown away, or its exchange is under way.
+                last one that was thrown away, it was applied, or its exchange is under
+                way.
         """
         if self._undo is None:
             raise RuntimeError(

@@ -26,13 +26,14 @@ class Undo:
         self._copies: dict[str, Array] = {}
         self._last: dict[str, _Before] = {}  # of the tensors of the last step
         self._taken: dict[str, Array] = {}  # whole residuals that went with it
-        self._begun = False
+        self._begun = self._applied = False
 
     def begin(self) -> None:
         """A step begins: the one before it can not be thrown away any more."""
         self._last.clear()
         self._taken.clear()
         self._begun = True  # also if all of it goes dense, of which nothing waits
+        self._applied = False
 
     def took(self, name: str, residual: Array) -> None:
         """A residual goes as a whole, with a gradient that goes dense."""
@@ -53,11 +54,15 @@ class Undo:
         self._begun = True
         self._last[name] = _Before(tensor.header.step, tensor.chosen)
 
+    def applied(self) -> None:
+        """The optimizer used its results, which are not to come back as residuals."""
+        self._applied = self._begun
+
     def discard(self) -> None:
         """Bring back what was before, bit by bit.
 
         Raises:
-            RuntimeError: there is no step, or it is under way.
+            RuntimeError: there is no step, it was applied, or it is under way.
         """
         tensors = {name: self._plan.tensors[name] for name in self._last}
         under_way = sorted(name for name, t in tensors.items() if t.in_flight)
@@ -67,6 +72,11 @@ class Undo:
             )
         if not self._begun:
             raise RuntimeError("there is no step that discard() could throw away")
+        if self._applied:
+            raise RuntimeError(
+                "the optimizer's step has applied what discard() would throw away: "
+                "call it in place of step()"
+            )
         for name, tensor in tensors.items():
             if not tensor.dense:
                 self._memory.residuals[name][...] = self._copies[name]

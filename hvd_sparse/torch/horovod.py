@@ -334,8 +334,8 @@ class SparseCompressor:
         afterwards.
 
         Raises:
-            RuntimeError: undo=True was not given, or nothing was sent since the last
-                time.
+            RuntimeError: undo=True was not given, nothing was sent since the last time,
+                or the optimizer's step has applied the results.
             ExchangeError: as in `decompress`.
         """
         waits = self._step.under_way and self._served.may_ask

@@ -182,6 +182,7 @@ class _Distributed:
         result = own_step(self, *arguments, **options)
         turns.synchronized = False  # by a closure, say
         turns.stepped()
+        self._sparse.reduce.applied()
         return result
 
     def zero_grad(self, *arguments: Any, **options: Any) -> None:
@@ -283,8 +284,8 @@ class _Distributed:
                     optimizer.step()
 
         Raises:
-            RuntimeError: undo=True was not given, or there was neither a backward pass
-                nor an exchange since the last time.
+            RuntimeError: undo=True was not given, there was neither a backward pass nor
+                an exchange since the last time, or step() has applied the results.
             ExchangeError: a peer disagrees, raised, or did not arrive in time.
         """
         self._sparse.discard()

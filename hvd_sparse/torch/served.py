@@ -228,6 +228,7 @@ class Served:
         del optimizer, args, kwargs
         self._stepping = False
         self._contended.stepped()
+        self._path.residuals.applied()
 
 
 @cache

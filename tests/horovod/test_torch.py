@@ -2114,6 +2114,20 @@ def test_of_a_step_that_was_given_up_nothing_is_exchanged_to_throw_it_away():
     assert not optimizer._handles
 
 
+@pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
+def test_a_step_that_was_applied_can_not_be_thrown_away(carrier):
+    """It would be in the weights, and in the residuals again."""
+    model = perceptron()
+    compression = compressor(model, exchange=carrier, undo=True)
+    optimizer = wrap(model, compression)
+    train(model, optimizer, range(2))
+    before = compression.state_dict()["tensors"]
+    with pytest.raises(RuntimeError, match=r"in place of step\(\)"):
+        compression.discard()
+    for name, saved in compression.state_dict()["tensors"].items():
+        assert torch.equal(saved["residual"], before[name]["residual"])
+
+
 def test_nothing_can_be_thrown_away_before_the_first_gradient():
     compression = compressor(perceptron(), undo=True)
     with pytest.raises(RuntimeError, match=r"no step that discard\(\) could"):

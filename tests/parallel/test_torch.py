@@ -917,6 +917,25 @@ def test_a_rank_that_throws_a_step_away_before_its_exchange_takes_part_in_it():
     optimizer.close()
 
 
+@pytest.mark.ranks
+def test_a_step_that_was_applied_can_not_be_thrown_away():
+    """It would be in the weights, and in the residuals again."""
+    model = nn.ParameterDict({"weight": nn.Parameter(torch.zeros(40))})
+    optimizer = torch.optim.SGD(model.values(), lr=1.0)
+    optimizer = distribute(optimizer, model, undo=True)
+    for _ in range(2):
+        (model["weight"] * torch.arange(40.0)).sum().backward()
+        optimizer.step()
+        before = optimizer.residual_state_dict()["tensors"]["weight"]["residual"]
+        with pytest.raises(RuntimeError, match=r"in place of step\(\)"):
+            optimizer.discard()
+        after = optimizer.residual_state_dict()["tensors"]["weight"]["residual"]
+        assert torch.equal(before, after)
+    (model["weight"] * torch.arange(40.0)).sum().backward()
+    optimizer.discard()
+    optimizer.close()
+
+
 class Failing(TopK):
     """On the last rank, in its second step."""
 
