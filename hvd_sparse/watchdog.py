@@ -46,17 +46,18 @@ class Watchdog:
         self._waiting = waiting
         self._waits: dict[str, int] = {}  # per tensor on its way, its step
         self._moves = 0
-        self._process = 0  # where the thread is, if there is one
+        self._thread: threading.Thread | None = None
         self._stopped = threading.Event()
 
     def sent(self, name: str, step: int) -> None:
         """A tensor is on its way."""
         self._waits[name] = step
         self._moves += 1
-        if self._process != os.getpid():  # not yet, not any more, or after a fork
-            self._process = os.getpid()
-            name = "hvd_sparse watchdog"
-            threading.Thread(target=self._watch, name=name, daemon=True).start()
+        if self._thread is None or not self._thread.is_alive():  # or after a fork
+            self._thread = threading.Thread(
+                target=self._watch, name="hvd_sparse watchdog", daemon=True
+            )
+            self._thread.start()
 
     def received(self, names: Iterable[str]) -> None:
         """They came back."""
@@ -74,12 +75,6 @@ class Watchdog:
         self._stopped.set()
 
     def _watch(self) -> None:
-        try:
-            self._count()
-        finally:
-            self._process = 0
-
-    def _count(self) -> None:
         # time is counted in ticks, so that a process that was itself stopped for a
         # while does not believe that it waited all that time
         tick = min(1.0, self._timeout_s / 20)

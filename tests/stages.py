@@ -1,6 +1,7 @@
 """A rank raises once, at each stage of a step in turn: what raises, and what is told.
 
-All take a MonkeyPatch, a path, and the name of the tensor that it happens to.
+All take a MonkeyPatch, and the name of the tensor that it happens to, in whatever path
+of this process it comes by.
 """
 
 from collections.abc import Callable
@@ -13,8 +14,9 @@ import pytest
 from hvd_sparse import Selection, SignTopK, TopK
 from hvd_sparse.core import outbound
 from hvd_sparse.core.fused import Fused
-from hvd_sparse.core.path import GradientPath
+from hvd_sparse.core.memory import ErrorFeedback
 from hvd_sparse.core.payload import Payload
+from hvd_sparse.core.plan import Plan
 from hvd_sparse.kernels import kernels_for
 
 
@@ -29,15 +31,20 @@ class Users:
         return Selection(*kernels_for(residual).select_at(residual, gradient, indices))
 
 
-Prepare = Callable[[pytest.MonkeyPatch, GradientPath, str], None]
+Prepare = Callable[[pytest.MonkeyPatch, str], None]
 
 
-def refused(patch: pytest.MonkeyPatch, path: GradientPath, name: str) -> None:
-    """As if it had another shape in earlier steps."""
-    patch.setattr(path.tensors[name], "shape", (7,))
+def refused(patch: pytest.MonkeyPatch, name: str) -> None:
+    """As if it had had another shape in earlier steps."""
+    find = Plan.find
+
+    def find_another(self: Plan, found: str, gradient: Any) -> Any:
+        return find(self, found, gradient[None] if found == name else gradient)
+
+    patch.setattr(Plan, "find", find_another)
 
 
-def selected_badly(patch: pytest.MonkeyPatch, path: GradientPath, name: str) -> None:
+def selected_badly(patch: pytest.MonkeyPatch, name: str) -> None:
     def select(self: Users, residual: Any, *others: Any) -> Selection:
         patch.undo()
         residual[:] = 7.0
@@ -46,7 +53,7 @@ def selected_badly(patch: pytest.MonkeyPatch, path: GradientPath, name: str) -> 
     patch.setattr(Users, "select", select)
 
 
-def chosen_badly(patch: pytest.MonkeyPatch, path: GradientPath, name: str) -> None:
+def chosen_badly(patch: pytest.MonkeyPatch, name: str) -> None:
     def select(self: Users, residual: Any, gradient: Any, k: int, _: int) -> Selection:
         patch.undo()
         return Selection(np.full(k, 1 << 20, np.int32), gradient[:k].copy(), 0)
@@ -54,7 +61,7 @@ def chosen_badly(patch: pytest.MonkeyPatch, path: GradientPath, name: str) -> No
     patch.setattr(Users, "select", select)
 
 
-def without_memory(patch: pytest.MonkeyPatch, path: GradientPath, name: str) -> None:
+def without_memory(patch: pytest.MonkeyPatch, name: str) -> None:
     """To encode, one alone or many at once, whatever comes first."""
 
     def encode(*arguments: Any) -> None:
@@ -68,16 +75,16 @@ def without_memory(patch: pytest.MonkeyPatch, path: GradientPath, name: str) -> 
 def memory_raises(method: str, error: BaseException) -> Prepare:
     """At the first call for that tensor."""
 
-    def prepare(patch: pytest.MonkeyPatch, path: GradientPath, name: str) -> None:
-        original = getattr(path.memory, method)
+    def prepare(patch: pytest.MonkeyPatch, name: str) -> None:
+        original = getattr(ErrorFeedback, method)
 
-        def raising(called: str, *others: Any) -> Any:
+        def raising(self: ErrorFeedback, called: str, *others: Any) -> Any:
             if called != name:
-                return original(called, *others)
+                return original(self, called, *others)
             patch.undo()
             raise error
 
-        patch.setattr(path.memory, method, raising)
+        patch.setattr(ErrorFeedback, method, raising)
 
     return prepare
 
@@ -119,15 +126,15 @@ STAGES = {
 
 
 def damage(
-    patch: pytest.MonkeyPatch, exchange: Any, name: str, spoil: Callable[[Any], Any]
+    patch: pytest.MonkeyPatch, kind: Any, name: str, spoil: Callable[[Any], Any]
 ) -> None:
-    """On the wire: what this rank sends of one tensor."""
-    start = exchange.start
+    """On the wire: what this rank sends of one tensor, by this kind of exchange."""
+    start = kind.start
 
-    def start_damaged(started: str, payload: Any) -> Any:
-        return start(started, spoil(payload) if started == name else payload)
+    def start_damaged(self: Any, started: str, payload: Any) -> Any:
+        return start(self, started, spoil(payload) if started == name else payload)
 
-    patch.setattr(exchange, "start", start_damaged)
+    patch.setattr(kind, "start", start_damaged)
 
 
 def of_another(payload: Payload) -> Payload:

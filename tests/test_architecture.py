@@ -58,6 +58,17 @@ FRAMES = {"_getframe", "_current_frames", "currentframe", "f_back", "f_locals"}
 # finds out what an object can do, instead of a declaration that says it
 SNIFFING = {"hasattr", "getattr", "signature"}
 
+# what tests may ask of others that begins with a line: of named tuples, and of Horovod
+KNOWN = {"_replace", "_asdict", "_handles"}
+OWN = {  # per test, what it reaches in the module that it is the test of
+    "test_adaptive.py": {"_coarse"},
+    "test_compiled.py": {"_Files"},
+    "test_costs.py": {"_fit"},
+    "test_doctor.py": {"_predictions"},
+    "test_frame.py": {"_layouts"},
+    "test_kernels.py": {"_pool", "_LOCAL_SIZE_VARIABLES"},
+}
+
 MOST_LINES = 450  # of a file
 MOST_LINES_OF_PATH = 200
 
@@ -242,6 +253,27 @@ def test_the_path_knows_no_sparsifier_by_class() -> None:
         if isinstance(node, ast.Name) and node.id in kinds
     }
     assert named == set()
+
+
+def test_tests_reach_what_is_private_in_their_own_module_alone() -> None:
+    found: dict[str, set[str]] = {}
+    for path in Path(__file__).parent.rglob("*.py"):
+        names = private_names(ast.parse(path.read_text())) - KNOWN
+        if names - OWN.get(path.name, set()):
+            found[path.name] = names
+    assert found == {}
+
+
+def private_names(tree: ast.AST) -> set[str]:
+    """Attributes of others that begin with one line, and what is imported by name."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            owner = node.value.id if isinstance(node.value, ast.Name) else ""
+            names |= {node.attr} if owner not in ("self", "cls") else set()
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.name for alias in node.names}
+    return {name for name in names if name[0] == "_" and not name.endswith("__")}
 
 
 def test_path_is_read_in_one_sitting() -> None:

@@ -55,7 +55,7 @@ def test_it_gives_up_and_names_tensor_rank_step_and_seconds(
 
 def test_what_came_back_is_not_waited_for(dog: Watchdog, thread: Blocked) -> None:
     dog.sent("weight", 0)
-    dog.received("weight")
+    dog.received(["weight"])
     assert not thread.freed.wait(1.0)
     assert not dog.gave_up
 

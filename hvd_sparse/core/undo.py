@@ -89,6 +89,8 @@ class Undo:
 
     def forget(self, name: str | None = None) -> None:
         """Of a tensor that is gone; of all of them where another state is loaded."""
+        if name is None:
+            self._begun = self._applied = False
         for kept in (self._copies, self._last, self._taken):
             for each in [name] if name is not None else [*kept]:
                 kept.pop(each, None)

@@ -55,7 +55,7 @@ class Gradients:
         self.skip = False
         self._adviser = Adviser(advise, reduce.sparsifier)
         self.kinds: dict[str, str] = {}  # dense or rows, the same on every rank
-        self.unused = Unused()
+        self.unused = Unused(reduce.applied)
         self._hooks: dict[str, Any] = {}
         weakref.finalize(self, _remove, self._hooks).atexit = False
         self.watch_backward(parameters.held())

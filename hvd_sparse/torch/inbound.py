@@ -110,7 +110,7 @@ class Inbound:
             return 0
         if any(context.place.changed for context in contexts):
             return 0
-        results = step.places.results(context.place for context in contexts)
+        results = step.places.results([context.place for context in contexts])
         if not all(result.is_contiguous() for result in results):
             return 0
         flights = [context.sent for context in contexts]

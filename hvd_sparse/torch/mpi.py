@@ -182,8 +182,14 @@ class _Distributed:
         result = own_step(self, *arguments, **options)
         turns.synchronized = False  # by a closure, say
         turns.stepped()
-        self._sparse.reduce.applied()
+        if not self._is_skipped():
+            self._sparse.reduce.applied()
         return result
+
+    def _is_skipped(self) -> bool:
+        """Whether a GradScaler has left it to the optimizer's kernel to do nothing."""
+        overflowed = getattr(self, "found_inf", None)
+        return overflowed is not None and bool(overflowed)
 
     def zero_grad(self, *arguments: Any, **options: Any) -> None:
         """The optimizer's own; gradients to come are not synchronized."""

@@ -145,7 +145,8 @@ class Outbound:
         if reduced is not context.place.memory:
             return reduced
         small = reduced.numel() * reduced.element_size() <= _COPIED
-        if small or not self._step.places.may_give_way(context.place):
+        [free] = self._step.places.may_give_way([context.place])
+        if small or not free:
             return reduced.clone()
         self._step.places.reduce(context.place, context.name)
         return reduced

@@ -10,8 +10,7 @@ this is the one thing that all compressors of a process share.
 import threading
 import weakref
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
-from operator import attrgetter
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -88,17 +87,6 @@ class Place:
         if self._changed is None:
             self._changed = self._is_changed()
 
-    def part_from(self, others: "list[Place]") -> None:
-        """Give the parameter a `grad` of its own where this one is another's too.
-
-        Each is to point to its result.
-        """
-        parameter, gradient = self.parameter, self.gradient
-        if parameter is None or parameter.grad is not gradient:  # `changed` says so
-            return
-        if any(place.gradient is gradient for place in others):
-            parameter.grad = self.gradient = gradient.detach()
-
     def seen(self, result: Tensor) -> Tensor:
         """The gradient itself, where the result is what it points to."""
         gradient = self.gradient
@@ -118,9 +106,9 @@ class _Region:
     def swallow(self, other: "_Region") -> None:
         """It overlaps."""
         for place in other.members:
-            place.part_from(self.members)
             place.region = self
-            self.members.append(place)
+        self.members += other.members
+        self.start = min(self.start, other.start)
         self.stop = max(self.stop, other.stop)
 
 
@@ -128,8 +116,8 @@ class Places:
     """Those of one compressor; they know of the others'.
 
     A gradient is given where every microsecond delays the backward pass, with its
-    caches full of other things. So it is only noted there; what it shares with others
-    is found out when that is first asked, of all that were given by then.
+    caches full of other things. So it is only noted there; whose memory overlaps is
+    found out when that is first asked, of all that were given by then.
     """
 
     # a list, since a WeakSet takes a microsecond to say how many there are
@@ -138,6 +126,7 @@ class Places:
 
     def __init__(self) -> None:
         """Empty."""
+        self._gradients: set[int] = set()  # ids of what was given, and is under way
         self._noted: list[Place] = []
         self._starts: list[int] = []  # ascending, of the regions
         self._regions: list[_Region] = []
@@ -147,37 +136,50 @@ class Places:
     def enter(self, gradient: Tensor, parameter: Tensor | None) -> Place:
         """A gradient was given.
 
-        The parameter gets a `grad` of its own where this one is another's too.
+        The parameter gets a `grad` of its own where this one is another's too: each is
+        to point to its result.
 
         Raises:
             ValueError: Horovod is just writing there.
         """
-        place = Place(gradient, parameter)
         with _lock:
             if Places._reduced:
-                _check_unreduced(_met(span(place.memory)))
+                _check_unreduced(_everybodys(span(gradient)))
+            if parameter is not None and id(gradient) in self._gradients:
+                parameter.grad = gradient = gradient.detach()
+            self._gradients.add(id(gradient))
+            place = Place(gradient, parameter)
             self._noted.append(place)
-        return place
+            return place
 
     def leave(self, places: Iterable[Place]) -> None:
         """Their results are there, or nobody will ask for them."""
         with _lock:
+            self._find_regions()
             for place in places:
-                if place.region is not None:
-                    place.region.members.remove(place)
-                    place.region = None
-                elif place in self._noted:
-                    self._noted.remove(place)
-                _end_reduction(place)
+                self._leave(place)
+
+    def _leave(self, place: Place) -> None:
+        region, place.region = place.region, None
+        if region is None:
+            return
+        _end_reduction(place)
+        region.members.remove(place)
+        if all(other.gradient is not place.gradient for other in region.members):
+            self._gradients.discard(id(place.gradient))
+        at = bisect_left(self._starts, region.start)
+        if not region.members and self._regions[at : at + 1] == [region]:
+            del self._starts[at], self._regions[at]
 
     def clear(self) -> None:
         """Nothing is under way any more."""
         with _lock:
+            self._find_regions()
             for region in self._regions:
                 for place in region.members:
                     place.region = None
                     _end_reduction(place)
-            self._noted, self._regions, self._starts = [], [], []
+            self._gradients, self._regions, self._starts = set(), [], []
 
     def reduce(self, place: Place, name: str) -> None:
         """Horovod reduces it in its place from now on."""
@@ -193,45 +195,57 @@ class Places:
                 for place in (*region.members, *self._others(region)):
                     place.settle()
 
-    def results(self, places: Iterable[Place]) -> list[Tensor]:
+    def results(self, places: Sequence[Place]) -> list[Tensor]:
         """Where to write the result of each."""
-        with _lock:
-            _find_regions()
-            return [
-                place.memory if self._may_give_way(place) else _another(place.memory)
-                for place in places
-            ]
+        return [
+            place.memory if free else _another(place)
+            for place, free in zip(places, self.may_give_way(places), strict=True)
+        ]
 
-    def may_give_way(self, place: Place) -> bool:
-        """Whether the result may be written where the gradient is.
+    def may_give_way(self, places: Sequence[Place]) -> list[bool]:
+        """Whether the result of each may be written where the gradient is.
 
         Not where others need it: gradients that are under way, the parameter itself,
         whoever may ask for derivatives. Elements that overlap can not hold it either.
         """
         with _lock:
             _find_regions()
-            return self._may_give_way(place)
+            shared = [self._shares(place) for place in places]
+        return [
+            not (needed or _is_needed(place))
+            for place, needed in zip(places, shared, strict=True)
+        ]
 
-    def _may_give_way(self, place: Place) -> bool:
+    def _shares(self, place: Place) -> bool:
         region = place.region
-        if region is not None and (len(region.members) > 1 or self._others(region)):
+        if region is None:
             return False
-        return not (_is_needed(place) or repeats(place.memory))
+        return len(region.members) > 1 or bool(self._others(region))
 
     def _find_regions(self) -> None:
         """Of what was noted, beside those that are known."""
-        if not self._noted:
-            return
-        noted, self._noted = self._noted, []
-        regions = [region for region in self._regions if region.members]
-        for place in noted:
+        for place in self._noted:
             place.region = region = _Region(place)
             if region.start < region.stop:
-                regions.append(region)
-        self._regions = _merged(regions)
-        self._starts = [region.start for region in self._regions]
-        for place in noted:
-            self._find_contenders(place)
+                self._join(region)
+        if len(Places._all) > 1:
+            for place in self._noted:
+                self._find_contenders(place)
+        self._noted = []
+
+    def _join(self, region: _Region) -> None:
+        met = self._met(region.start, region.stop)
+        for other in self._regions[met]:
+            other.swallow(region)
+            region = other
+        self._starts[met], self._regions[met] = [region.start], [region]
+
+    def _met(self, start: int, stop: int) -> slice:
+        """The regions that an interval of addresses meets."""
+        low = bisect_right(self._starts, start)
+        if low and self._regions[low - 1].stop > start:
+            low -= 1
+        return slice(low, max(low, bisect_left(self._starts, stop)))
 
     def _find_contenders(self, place: Place) -> None:
         if place.parameter is None or place.region is None:
@@ -249,13 +263,11 @@ class Places:
         return [place for places in others for place in places._within(interval)]
 
     def _within(self, interval: tuple[int, int]) -> list[Place]:
-        """Those in the regions that an interval of addresses meets."""
-        start, stop = interval
-        low = bisect_right(self._starts, start)
-        if low and self._regions[low - 1].stop > start:
-            low -= 1
-        high = max(low, bisect_left(self._starts, stop))
-        return [p for region in self._regions[low:high] for p in region.members]
+        return [
+            place
+            for region in self._regions[self._met(*interval)]
+            for place in region.members
+        ]
 
 
 def _living() -> list[Places]:
@@ -267,19 +279,7 @@ def _find_regions() -> None:
         places._find_regions()
 
 
-def _merged(regions: list[_Region]) -> list[_Region]:
-    """Sorted, and those that overlap as one."""
-    regions.sort(key=attrgetter("start"))
-    merged: list[_Region] = []
-    for region in regions:
-        if merged and region.start < merged[-1].stop:
-            merged[-1].swallow(region)
-        else:
-            merged.append(region)
-    return merged
-
-
-def _met(interval: tuple[int, int]) -> list[Place]:
+def _everybodys(interval: tuple[int, int]) -> list[Place]:
     """All that any compressor has there."""
     _find_regions()
     return [place for places in _living() for place in places._within(interval)]
@@ -291,8 +291,8 @@ def _end_reduction(place: Place) -> None:
         Places._reduced -= 1
 
 
-def _another(memory: Tensor) -> Tensor:
-    return torch.empty_like(memory, memory_format=torch.contiguous_format)
+def _another(place: Place) -> Tensor:
+    return torch.empty_like(place.memory, memory_format=torch.contiguous_format)
 
 
 def _check_unreduced(places: list[Place]) -> None:
@@ -317,7 +317,8 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 
 def _is_needed(place: Place) -> bool:
-    if place.gradient.requires_grad:
+    """As it is: by others than gradients, or by another element of its own."""
+    if place.gradient.requires_grad or repeats(place.memory):
         return True
     if place.parameter is None:
         return False

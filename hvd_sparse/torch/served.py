@@ -67,7 +67,7 @@ class Served:
         self._group = group
         self._lock = lock
         self._contended = Contended()
-        self._unused = Unused()
+        self._unused = Unused(path.residuals.applied)
         self._adviser = Adviser(advise, path.plan.sparsifier)
         self._optimizer: weakref.ref[Any] | None = None
         self._looked: set[str] = set()  # names of tensors that tell what is unused

@@ -10,7 +10,7 @@ same tensors: where the result, which is the same everywhere, is not 0.
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
@@ -46,8 +46,9 @@ class Unused:
 
     _all: ClassVar["weakref.WeakSet[Unused]"] = weakref.WeakSet()
 
-    def __init__(self) -> None:
-        """Nothing yet."""
+    def __init__(self, applied: Callable[[], None]) -> None:
+        """Nothing yet. Args: applied: is told when another optimizer's step uses it."""
+        self._applied = applied
         self._samples: list[_Sample] = []
         self._warned = False
         with _LOCK:
@@ -132,3 +133,4 @@ def _after_any_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     for unused in pending:
         if unused._holds_any(held):
             unused.forget()
+            unused._applied()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from horovod.common.exceptions import HorovodInternalError
-from stages import DAMAGES, STAGES, Users, damage, without_memory
+from stages import DAMAGES, STAGES, Users, damage, refused, without_memory
 from torch import nn
 
 from hvd_sparse import (
@@ -24,7 +24,9 @@ from hvd_sparse import (
     TopK,
     WhenCheaper,
 )
+from hvd_sparse.core.path import GradientPath
 from hvd_sparse.torch import exchanges
+from hvd_sparse.torch.exchanges import EmbeddedExchange, GatheredExchange
 from hvd_sparse.torch.horovod import SparseCompressor
 
 DEADLINE_S = 60
@@ -140,7 +142,7 @@ def same(found, expected, *, rounded):
             assert torch.equal(found[name], residual), name
 
 
-def check(job, prepare, own, told, *, refused=False, rounded=False):
+def check(job, prepare, own, told, *, name="0.bias", refused=False, rounded=False):
     job.train(0)
     weights = job.weights
     before, expected = job.residuals, added(job.residuals, job.gradients(1))
@@ -148,7 +150,7 @@ def check(job, prepare, own, told, *, refused=False, rounded=False):
         expected["0.bias"] = before["0.bias"]  # there is nothing that could be added
     with pytest.MonkeyPatch.context() as patch:
         if is_last():
-            prepare(patch, job.compression)
+            prepare(patch, name)
         fails(job, 1, own, told)
     same(job.residuals, expected, rounded=rounded)
     assert torch.equal(job.weights, weights)
@@ -178,7 +180,7 @@ def test_a_rank_that_raises_is_heard_by_all_and_nothing_is_lost(
         told = told[:5]  # a slot has no more room than the payload of its tensor
     check(
         Job(sparsifier, carrier),
-        lambda patch, compression: prepare(patch, compression._path, "0.bias"),
+        prepare,
         own,
         rf"^\S+: rank {hvd.size() - 1}: raised {told}",
         refused=stage == "admit",
@@ -199,10 +201,11 @@ def test_a_damaged_payload_fails_the_step_of_all_tensors(
     spoil, told = DAMAGES[where]
     told = rf"^0\.weight: (rank {hvd.size() - 1}: )?.*{told}"
 
-    def prepare(patch, compression):
-        damage(patch, compression._carrier, "0.weight", spoil)
+    def prepare(patch, name):
+        for kind in (GatheredExchange, EmbeddedExchange):
+            damage(patch, kind, name, spoil)
 
-    check(Job(TopK(0.05), carrier), prepare, ExchangeError, told)
+    check(Job(TopK(0.05), carrier), prepare, ExchangeError, told, name="0.weight")
 
 
 @pytest.mark.ranks
@@ -210,11 +213,7 @@ def test_a_damaged_payload_fails_the_step_of_all_tensors(
 def test_a_step_with_dense_tensors_fails_whole(carrier):
     job = Job(TopK(0.01), carrier, WhenCheaper())
     told = rf"rank {hvd.size() - 1}: raised Mem"
-
-    def prepare(patch, compression):
-        without_memory(patch, compression._path, "")
-
-    check(job, prepare, MemoryError, told)
+    check(job, without_memory, MemoryError, told)
     routes = {tensor.route for tensor in job.compression.traffic.tensors.values()}
     assert routes == {"dense", "sparse"}
 
@@ -224,7 +223,7 @@ def test_a_dense_tensor_that_is_refused_on_one_rank_is_an_error_on_all(caplog):
     job.train(0)
     with pytest.MonkeyPatch.context() as patch:
         if is_last():
-            patch.setattr(job.compression._path.tensors["2.bias"], "shape", (7,))
+            refused(patch, "2.bias")
         # the first of the step, so that Horovod's own error comes before ours
         with pytest.raises(HorovodInternalError, match="Mismatched ALLREDUCE tensor"):
             job.train(1)
@@ -244,7 +243,7 @@ def test_ctrl_c_waits_until_the_step_is_whole(stage, carrier, monkeypatch):
     job = Job(Users(), carrier)
     job.train(0)
     original = Users.select
-    hand_back = job.compression._path.hand_back
+    hand_back = GradientPath.hand_back
 
     def interrupt():
         monkeypatch.undo()
@@ -262,7 +261,7 @@ def test_ctrl_c_waits_until_the_step_is_whole(stage, carrier, monkeypatch):
     if is_last() and stage == "select":
         monkeypatch.setattr(Users, "select", select)
     elif is_last():
-        monkeypatch.setattr(job.compression._path, "hand_back", hand_back_interrupted)
+        monkeypatch.setattr(GradientPath, "hand_back", hand_back_interrupted)
     raised = None
     try:
         job.train(1)

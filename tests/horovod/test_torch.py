@@ -519,6 +519,51 @@ def test_nothing_is_lost_where_gradients_share_memory(share):
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("dense", [Never(), WhenCheaper()], ids=repr)
+def test_one_tensor_is_shared_in_whatever_order_results_are_asked_for(dense):
+    """A second pass that does not come: Horovod gives p last, and asks for it first."""
+    p, q, optimizer, _ = pair(
+        lambda named: SparseCompressor(TopK(1.0), named_parameters=named, dense=dense),
+        backward_passes_per_step=2,
+    )
+    (p * float(hvd.rank() + 1) * torch.arange(8.0)).sum().backward()
+    q.grad = p.grad
+    mean = hvd.allreduce(p.grad, op=hvd.Average, name="mean")
+    optimizer.synchronize()
+    assert torch.equal(p.grad, mean)
+    assert torch.equal(q.grad, mean)
+    p.grad.zero_()
+    assert torch.equal(q.grad, mean)
+
+
+@pytest.mark.ranks
+def test_one_tensor_is_shared_by_parameters_of_two_optimizers():
+    named = {name: nn.Parameter(torch.zeros(8)) for name in "pq"}
+    p, q = named.values()
+    optimizers = [
+        hvd.DistributedOptimizer(
+            torch.optim.SGD([p, q], lr=1.0),
+            named_parameters=[(prefix + n, each) for n, each in named.items()],
+            compression=SparseCompressor(
+                TopK(1.0),
+                named_parameters=[(prefix + n, each) for n, each in named.items()],
+                dense=Never(),
+                prefix=prefix,
+            ),
+            groups=[[p, q]],
+        )
+        for prefix in "ab"
+    ]
+    p.grad = q.grad = torch.zeros(8)
+    ((p + q) * float(hvd.rank() + 1) * torch.arange(8.0)).sum().backward()
+    mean = hvd.allreduce(q.grad, op=hvd.Average, name="mean")
+    for optimizer in optimizers:
+        optimizer.synchronize()
+    assert torch.equal(q.grad, mean)
+    assert torch.equal(p.grad, mean)
+
+
+@pytest.mark.ranks
 def test_gradients_of_many_elements_that_go_dense_do_not_share_either():
     n = 1 << 19
     p, q, optimizer, _ = pair(
@@ -2126,6 +2171,21 @@ def test_a_step_that_was_applied_can_not_be_thrown_away(carrier):
         compression.discard()
     for name, saved in compression.state_dict()["tensors"].items():
         assert torch.equal(saved["residual"], before[name]["residual"])
+
+
+def test_a_step_that_the_base_optimizer_applied_can_not_be_thrown_away():
+    model = perceptron()
+    compression = compressor(model, undo=True)
+    optimizer = wrap(model, compression)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss_of(model, 0).backward()
+    optimizer.synchronize()
+    base.step()
+    with pytest.raises(RuntimeError, match=r"in place of step\(\)"):
+        compression.discard()
+    compression.load_state_dict(compression.state_dict())
+    with pytest.raises(RuntimeError, match=r"no step that discard\(\) could"):
+        compression.discard()
 
 
 def test_nothing_can_be_thrown_away_before_the_first_gradient():

@@ -14,7 +14,10 @@ import tensorflow as tf
 from stages import DAMAGES, STAGES, damage, without_memory
 
 from hvd_sparse import ExchangeError, Never, SignTopK, TopK, WhenCheaper
+from hvd_sparse.core.memory import ErrorFeedback
+from hvd_sparse.core.path import GradientPath
 from hvd_sparse.tensorflow import SparseCompressor
+from hvd_sparse.tensorflow.gathers import GraphExchange
 
 DEADLINE_S = 60
 SOON_S = DEADLINE_S / 3  # for all that these steps do; the machine is shared
@@ -44,6 +47,7 @@ class Job:
     """Variables in training, whose gradients are what they are multiplied with."""
 
     def __init__(self, sparsifier, dense=NEVER):
+        self.sparsifier = sparsifier
         self.compression = SparseCompressor(
             sparsifier, dense=dense, timeout_s=DEADLINE_S
         )
@@ -135,7 +139,7 @@ def same(found, expected, *, rounded):
 
 
 def check(job, mode, prepare, own, told, *, refused=False):
-    rounded = isinstance(job.compression._path.plan.sparsifier, SignTopK)
+    rounded = isinstance(job.sparsifier, SignTopK)
     job.train(0)
     weights = job.weights
     before, expected = job.residuals, added(job.residuals, job.gradients(1))
@@ -143,7 +147,7 @@ def check(job, mode, prepare, own, told, *, refused=False):
         expected["middle"] = before["middle"]  # there is nothing that could be added
     with pytest.MonkeyPatch.context() as patch:
         if is_last():
-            prepare(patch, job.compression)
+            prepare(patch, "middle")
         fails(job, mode, 1, own, told)
     same(job.residuals, expected, rounded=rounded)
     np.testing.assert_array_equal(job.weights, weights)
@@ -160,7 +164,7 @@ def test_a_rank_that_raises_is_heard_by_all_and_nothing_is_lost(stage, mode):
     check(
         Job(sparsifier),
         mode,
-        lambda patch, compression: prepare(patch, compression._path, "middle"),
+        prepare,
         own,
         rf"\S+: rank {hvd.size() - 1}: raised {told}",
         refused=stage == "admit",
@@ -174,8 +178,8 @@ def test_a_damaged_payload_fails_the_step_of_all_tensors(where, mode):
     spoil, told = DAMAGES[where]
     told = rf"middle: (rank {hvd.size() - 1}: )?.*{told}"
 
-    def prepare(patch, compression):
-        damage(patch, compression._exchange, "middle", spoil)
+    def prepare(patch, name):
+        damage(patch, GraphExchange, name, spoil)
 
     check(Job(TopK(0.05)), mode, prepare, ExchangeError, told)
 
@@ -184,11 +188,7 @@ def test_a_damaged_payload_fails_the_step_of_all_tensors(where, mode):
 def test_a_step_with_dense_tensors_fails_whole(mode):
     job = Job(TopK(0.05), WhenCheaper())
     told = rf"rank {hvd.size() - 1}: raised MemoryError"
-
-    def prepare(patch, compression):
-        without_memory(patch, compression._path, "")
-
-    check(job, mode, prepare, MemoryError, told)
+    check(job, mode, without_memory, MemoryError, told)
     tensors = job.compression.state_dict()["tensors"].values()
     assert {tensor["residual"] is None for tensor in tensors} == {True, False}
 
@@ -200,13 +200,13 @@ def test_a_graph_that_can_not_tell_its_variables_tells_its_peers(mode):
     job.train(0)
     weights, expected = job.weights, job.residuals
 
-    def raising():
+    def raising(self):
         patch.undo()
         raise ZeroDivisionError("in begin")
 
     with pytest.MonkeyPatch.context() as patch:
         if is_last():
-            patch.setattr(job.compression._path, "begin", raising)
+            patch.setattr(GradientPath, "begin", raising)
         else:
             expected = added(expected, job.gradients(1))
         told = rf"rank {hvd.size() - 1}: raised ZeroDivisionError: in begin"
@@ -225,17 +225,16 @@ def test_ctrl_c_waits_until_the_step_is_whole(where, mode, monkeypatch):
     job = Job(TopK(0.05))
     job.train(0)
     expected = added(job.residuals, job.gradients(1))
-    memory = job.compression._path.memory
-    residual = memory.residual
+    residual = ErrorFeedback.residual
 
-    def interrupt(name, gradient):
+    def interrupt(self, name, gradient):
         if name == where:
             monkeypatch.undo()
             signal.raise_signal(signal.SIGINT)
-        return residual(name, gradient)
+        return residual(self, name, gradient)
 
     if is_last():
-        monkeypatch.setattr(memory, "residual", interrupt)
+        monkeypatch.setattr(ErrorFeedback, "residual", interrupt)
     raised = None
     try:
         job.train(1)

@@ -7,6 +7,7 @@ from stages import DAMAGES, STAGES, damage
 
 from hvd_sparse import ExchangeError, Never, PayloadError, SignTopK, TopK
 from hvd_sparse.mpi import SparseAllreduce
+from hvd_sparse.transport.mpi.exchange import MpiExchange
 
 COMM = MPI.COMM_WORLD
 LAST = COMM.size - 1
@@ -54,7 +55,7 @@ def check(sparsifier, prepare, raised, told, *, refused=False):
         expected = {name: r + given[name] for name, r in expected.items()}
     with pytest.MonkeyPatch.context() as patch:
         if IS_LAST:
-            prepare(patch, reduce)
+            prepare(patch, "middle")
         error = raised if IS_LAST else ExchangeError
         text = told if error is ExchangeError else None
         with pytest.raises(error, match=text):
@@ -75,7 +76,7 @@ def test_a_rank_that_raises_is_heard_by_all_and_nothing_is_lost(stage):
     prepare, sparsifier, raised, told = STAGES[stage]
     check(
         sparsifier,
-        lambda patch, reduce: prepare(patch, reduce._path, "middle"),
+        prepare,
         raised,
         f"rank {LAST} raised {told}",
         refused=stage == "admit",
@@ -88,7 +89,7 @@ def test_a_damaged_payload_fails_the_step_of_all_tensors(where):
     spoil, told = DAMAGES[where]
     check(
         TopK(0.05),
-        lambda patch, reduce: damage(patch, reduce._exchange, "middle", spoil),
+        lambda patch, name: damage(patch, MpiExchange, name, spoil),
         PayloadError,
         f"middle: (rank {LAST}: )?.*{told}",
     )

@@ -936,6 +936,25 @@ def test_a_step_that_was_applied_can_not_be_thrown_away():
     optimizer.close()
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_scaler_skipped_can_be_thrown_away(fused):
+    """A fused optimizer's step is called all the same, and its kernel does nothing."""
+    model = nn.ParameterDict({"weight": nn.Parameter(torch.zeros(8))})
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    optimizer = torch.optim.Adam(model.values(), fused=fused)
+    optimizer = distribute(optimizer, model, undo=True, scaler=scaler)
+    factors = torch.tensor([float("inf"), *[1.0] * 7])
+    scaler.scale((model["weight"] * factors).sum()).backward()
+    optimizer.synchronize()
+    scaler.unscale_(optimizer)
+    with optimizer.skip_synchronize():
+        scaler.step(optimizer)
+    scaler.update()
+    assert not model["weight"].any()
+    optimizer.discard()
+    optimizer.close()
+
+
 class Failing(TopK):
     """On the last rank, in its second step."""
 

@@ -82,7 +82,7 @@ def test_a_rank_that_raises_is_heard_by_all_and_nothing_is_lost(stage):
         expected = job.residuals
     with pytest.MonkeyPatch.context() as patch:
         if IS_LAST:
-            prepare(patch, job.optimizer._sparse.reduce._path, "0.bias")
+            prepare(patch, "0.bias")
         error = raised if IS_LAST else ExchangeError
         text = None if IS_LAST else f"rank {LAST} raised {told}"
         with pytest.raises(error, match=text):
