@@ -2104,6 +2104,12 @@ def test_momentum_is_warned_of_once_by_the_first_rank(
     assert advised() == [sparse.advise(optimizer, TopK(density))] * bad
 
 
+def keeps(compression, before):
+    """Every residual is what it was, bit by bit."""
+    for name, saved in compression.state_dict()["tensors"].items():
+        assert torch.equal(saved["residual"], before[name]["residual"])
+
+
 @pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
 def test_a_bad_batch_that_is_thrown_away_leaves_no_trace(carrier):
     """Its norm is seen after the exchange, and all ranks leave the step out."""
@@ -2116,8 +2122,7 @@ def test_a_bad_batch_that_is_thrown_away_leaves_no_trace(carrier):
     (1000 * loss_of(model, 2)).backward()
     optimizer.synchronize()
     compression.discard()
-    for name, saved in compression.state_dict()["tensors"].items():
-        assert torch.equal(saved["residual"], before[name]["residual"])
+    keeps(compression, before)
 
 
 @pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
@@ -2137,8 +2142,7 @@ def test_a_rank_that_throws_a_step_away_before_its_exchange_takes_part_in_it(car
     compression.discard()
     with pytest.raises(RuntimeError, match=r"no step that discard\(\) could"):
         compression.discard()  # moves nothing that peers could take for a step
-    for name, saved in compression.state_dict()["tensors"].items():
-        assert torch.equal(saved["residual"], before[name]["residual"])
+    keeps(compression, before)
     train(model, optimizer, range(3, 5))  # all are at the same step
     for parameter in model.parameters():
         assert parameter.isfinite().all()
@@ -2169,8 +2173,7 @@ def test_a_step_that_was_applied_can_not_be_thrown_away(carrier):
     before = compression.state_dict()["tensors"]
     with pytest.raises(RuntimeError, match=r"in place of step\(\)"):
         compression.discard()
-    for name, saved in compression.state_dict()["tensors"].items():
-        assert torch.equal(saved["residual"], before[name]["residual"])
+    keeps(compression, before)
 
 
 def test_a_step_that_the_base_optimizer_applied_can_not_be_thrown_away():
