@@ -8,10 +8,11 @@ and in the end gives up in the place of the thread that waits.
 import atexit
 import logging
 import os
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+
+from hvd_sparse.core.last_words import flush_output
 
 log = logging.getLogger("hvd_sparse")
 
@@ -59,10 +60,9 @@ class Watchdog:
             )
             self._thread.start()
 
-    def received(self, names: Iterable[str]) -> None:
-        """They came back."""
-        for name in names:
-            self._waits.pop(name, None)
+    def received(self, name: str) -> None:
+        """It came back, and all that travelled beside it: nobody waits for it now."""
+        self._waits.pop(name, None)
         self._moves += 1
 
     def forget(self) -> None:
@@ -133,6 +133,5 @@ def _leave(over: threading.Event, deadline: float) -> None:
 
 def _end() -> None:
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     os._exit(1)

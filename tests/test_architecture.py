@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     ".core": {".kernels", "numpy"},
     ".advice": {".core"},
     ".carriers": {".core", "numpy"},
-    ".watchdog": set(),
+    ".watchdog": {".core"},
     ".extras": set(),
     ".": {".advice", ".carriers", ".core"},
     ".arrays": {".core", "numpy"},

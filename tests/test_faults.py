@@ -31,6 +31,12 @@ def test_a_paused_rank_is_an_error_within_the_deadline() -> None:
     assert "did not notice" not in job.errors
 
 
+def test_a_rank_whose_output_nobody_reads_ends_the_job_all_the_same() -> None:
+    job = fault("unread")
+    assert job.code != 0
+    assert gave_up_in_time(job.errors)
+
+
 def test_a_killed_rank_ends_the_job_within_seconds() -> None:
     job = fault("kill", timeout_s=START_S)
     assert job.code != 0

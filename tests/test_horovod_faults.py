@@ -42,7 +42,7 @@ def told(errors: str) -> list[str]:
 
 
 @transports
-@pytest.mark.parametrize("kind", ["pause", "pause-dense", "absent"])
+@pytest.mark.parametrize("kind", ["pause", "pause-dense", "absent", "half", "frozen"])
 def test_a_rank_that_does_not_come_is_an_error_within_the_deadline(
     kind: str, transport: str
 ) -> None:

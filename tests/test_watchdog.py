@@ -1,6 +1,7 @@
 """The watchdog counts only while peers are missing, and gives up in the end."""
 
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -55,7 +56,7 @@ def test_it_gives_up_and_names_tensor_rank_step_and_seconds(
 
 def test_what_came_back_is_not_waited_for(dog: Watchdog, thread: Blocked) -> None:
     dog.sent("weight", 0)
-    dog.received(["weight"])
+    dog.received("weight")
     assert not thread.freed.wait(1.0)
     assert not dog.gave_up
 
@@ -87,8 +88,9 @@ def test_it_warns_once(
     assert "weight: step 0: rank 0 has waited" in said[0]
 
 
-def test_a_process_that_stays_blocked_ends_non_zero() -> None:
-    program = """
+STAYS_BLOCKED = """
+import os
+import sys
 import time
 from hvd_sparse import watchdog
 watchdog._LAST_S = 0.5
@@ -96,13 +98,29 @@ dog = watchdog.Watchdog(
     0.2, rank=lambda: 0, shutdown=lambda: time.sleep(60), waiting=lambda: True
 )
 dog.sent("weight", 0)
+sys.stdout = os.fdopen(os.dup(1), "w")  # buffered, whatever the environment says
+sys.stdout.write("waits in a buffer")
 time.sleep(60)
 """
-    ended = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=50
-    )
+
+
+def test_a_process_that_stays_blocked_ends_non_zero() -> None:
+    command = [sys.executable, "-c", STAYS_BLOCKED]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=50)
     assert ended.returncode == 1
+    assert ended.stdout == "waits in a buffer"
     assert "rank 0 is still blocked in Horovod; ending it" in ended.stderr
+
+
+def test_it_ends_where_nobody_reads_what_it_printed() -> None:
+    read, write = os.pipe()
+    os.close(read)  # as where a launcher is gone
+    command = [sys.executable, "-c", STAYS_BLOCKED]
+    try:
+        ended = subprocess.run(command, stdout=write, stderr=write, timeout=50)
+    finally:
+        os.close(write)
+    assert ended.returncode == 1
 
 
 def test_a_process_does_not_wait_at_exit_for_a_shutdown_that_hangs() -> None:

@@ -189,7 +189,7 @@ class Step:
         ]
         self._path.hand_back(flights, outs)
         for name in names:
-            self._flights.watchdog.received([name])
+            self._flights.watchdog.received(name)
         return outs
 
     def _flight(self, name: str) -> Flight:

@@ -222,6 +222,7 @@ class SparseCompressor:
         if step.is_empty:
             self._served.begin(caller)
         if caller is not None and self._served.is_idle(caller, parameter):
+            self._watchdog.sent(name, self._path.traffic.steps)
             frozen = None if parameter.requires_grad else parameter
             idle = step.idle[name] = Idle(name, gradient, frozen)
             return self._carrier.nothing(), idle
@@ -258,10 +259,14 @@ class SparseCompressor:
                 self._inbound.look_for_overflow(tensor)
                 return tensor
             if isinstance(ctx, Idle):
-                return self._receive_nothing(tensor, ctx)
-            if ctx.result is None:  # some were received with the first of their batch
-                self._receive(tensor, ctx)
-            return self._served.hand_back(ctx)
+                gradient = self._receive_nothing(tensor, ctx)
+            else:
+                if ctx.result is None:  # some are there with the first of their batch
+                    self._receive(tensor, ctx)
+                gradient = self._served.hand_back(ctx)
+            # not before: of a batch that is there Horovod still reduces the numbers
+            self._watchdog.received(ctx.name)
+            return gradient
 
     def _receive(self, reduced: Tensor, ctx: Context) -> None:
         if not self._step.arriving:  # peers may have none of it: nothing is awaited

@@ -206,6 +206,7 @@ class Step:
         for context in contexts:
             if context.taken is not None:
                 self._path.memory.residuals.setdefault(context.name, context.taken)
+        self._watchdog.forget()
         self._clear()
 
     def give_up(self, name: str, gradient: Tensor) -> None:
@@ -231,8 +232,6 @@ class Step:
 
     def _leave(self, contexts: Sequence[Context]) -> None:
         """They are not under way any more; what is there holds the gradient alive."""
-        names = [context.name for context in contexts]
-        for name in names:
-            self.under_way.pop(name, None)
+        for context in contexts:
+            self.under_way.pop(context.name, None)
         self.places.leave(context.place for context in contexts)
-        self._watchdog.received(names)

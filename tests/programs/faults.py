@@ -44,7 +44,7 @@ def refuse(record):
 
 sent_once = reduce.allreduce("layer", gradient).sum()
 if comm.rank == 1:
-    if fault == "pause":
+    if fault in ("pause", "unread"):
         os.kill(os.getpid(), signal.SIGSTOP)
     elif fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -65,6 +65,11 @@ if comm.rank == 1:
 elif fault == "several":
     others = [make() for _ in range(5)]
     reduce = others[3]
+elif fault == "unread":  # as where a launcher is gone that read what ranks print
+    read, write = os.pipe()
+    os.close(read)
+    sys.stdout = os.fdopen(write, "w")
+    sys.stdout.write("waits in a buffer")
 elif fault == "warning":
     failure.WARNING_S = 0.2
     logging.getLogger("hvd_sparse").addFilter(refuse)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import hvd_sparse.torch as sparse
+from hvd_sparse.torch.exchanges import GatheredExchange
 
 fault = sys.argv[1]
 hvd.init()
@@ -52,6 +53,19 @@ def train(steps):
         x = torch.randn(16, 6, generator=generator)
         model(x).square().sum(1).mean().backward()
         optimizer.step()
+
+
+def hold_back_numbers():
+    """Of the last tensor: its batch has left by then, so payloads arrive everywhere."""
+    to_reduce, calls = GatheredExchange.to_reduce, []
+
+    def late(self, handle):
+        calls.append(handle)
+        if len(calls) == len(list(model.parameters())):
+            time.sleep(60)  # this is the fault
+        return to_reduce(self, handle)
+
+    GatheredExchange.to_reduce = late
 
 
 def checkpoint():
@@ -92,10 +106,17 @@ else:
             os.kill(os.getpid(), signal.SIGSTOP)
         elif fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        elif fault == "absent":
+        elif fault in ("absent", "frozen"):
             time.sleep(60)  # this is the fault: it does something else for too long
+        elif fault == "half":
+            hold_back_numbers()
     try:
-        train([1])
+        if fault == "frozen":  # nothing is sent, and Horovod waits all the same
+            model.requires_grad_(requires_grad=False)
+            optimizer.zero_grad()
+            optimizer.step()
+        else:
+            train([1])
     except Exception as error:
         say(f"{type(error).__name__}: {error}")
         raise

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from weakref import WeakSet
 
 from hvd_sparse.core.contracts import ExchangeError
+from hvd_sparse.core.last_words import flush_output
 
 log = logging.getLogger("hvd_sparse")
 
@@ -84,8 +85,7 @@ def abort_at_exit(comm: Any) -> None:
     """End the job when this process does. Args: comm: of mpi4py."""
 
     def abort() -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_output()
         comm.Abort(1)
 
     atexit.register(abort)
@@ -121,9 +121,11 @@ def watch(exchange: Reporting) -> None:
         error: BaseException,
         traceback: TracebackType | None,
     ) -> None:
-        previous(kind, error, traceback)
-        if not isinstance(error, ExchangeError):  # of which the peers know
-            _say_farewell(error, list(_OPEN))
+        try:
+            previous(kind, error, traceback)
+        finally:
+            if not isinstance(error, ExchangeError):  # of which the peers know
+                _say_farewell(error, list(_OPEN))
 
     excepthook.reports_to_peers = True  # type: ignore[attr-defined]
     sys.excepthook = excepthook
