@@ -3,8 +3,8 @@
     python benchmarks/scale.py
     python benchmarks/scale.py --parameters 350000000 --latency-us 20 --plot FILE
 
-The model is hvd_sparse/core/scale.py: links of so many Gbit/s, rings. Neither the time
-to select nor what a backward pass hides is in it. tests/test_scale.py compares its
+The model is hvd_sparse/core/rings.py: links of so many Gbit/s, rings. Neither the time
+to select nor what a backward pass hides is in it. tests/test_rings.py compares its
 bytes with those that 2 to 16 real ranks count.
 """
 
@@ -13,7 +13,7 @@ import argparse
 from rich.console import Console
 from rich.table import Table
 
-from hvd_sparse.core.scale import (
+from hvd_sparse.core.rings import (
     Link,
     allgather,
     dense_allreduce,

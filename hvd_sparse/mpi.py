@@ -13,9 +13,9 @@ from hvd_sparse.core.contracts import Average, Sparsifier
 from hvd_sparse.core.flight import Flight
 from hvd_sparse.core.formats import Values
 from hvd_sparse.core.interrupts import Uninterrupted
+from hvd_sparse.core.loss_scale import scale_of
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.routing import Dense, WhenCheaper
-from hvd_sparse.core.scaling import scale_of
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.transport.mpi.agreement import Row
 from hvd_sparse.transport.mpi.exchange import MpiExchange

@@ -211,7 +211,7 @@ def test_frames_are_walked_in_three_files() -> None:
     assert walking == {
         "hvd_sparse.tensorflow.horovod_frames",
         "hvd_sparse.torch.names",
-        "hvd_sparse.torch.scaling",
+        "hvd_sparse.torch.grad_scaler",
     }
 
 

@@ -8,11 +8,11 @@ import numpy as np
 from hvd_sparse.core.contracts import Array, Exchange, Memory, PayloadError, Selection
 from hvd_sparse.core.flight import Flight, with_indices
 from hvd_sparse.core.fused import Fused, Pair, alike
+from hvd_sparse.core.loss_scale import LossScale
 from hvd_sparse.core.outbound import is_flat
 from hvd_sparse.core.payload import Payload, decode
 from hvd_sparse.core.plan import Plan
 from hvd_sparse.core.residuals import copy_to
-from hvd_sparse.core.scaling import LossScale
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.kernels import kernels_for
 

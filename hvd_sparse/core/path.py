@@ -34,12 +34,12 @@ from hvd_sparse.core.flight import Flight
 from hvd_sparse.core.formats import Values
 from hvd_sparse.core.fused import Fused
 from hvd_sparse.core.inbound import Inbound
+from hvd_sparse.core.loss_scale import LossScale
 from hvd_sparse.core.memory import ErrorFeedback
 from hvd_sparse.core.outbound import Outbound
 from hvd_sparse.core.plan import Plan, Tensor
 from hvd_sparse.core.residuals import Residuals
 from hvd_sparse.core.routing import Dense
-from hvd_sparse.core.scaling import LossScale
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.core.undo import Undo
 

@@ -7,8 +7,8 @@ import numpy as np
 
 from hvd_sparse.core.contracts import Array, Exchange, Memory
 from hvd_sparse.core.flight import last_sent
+from hvd_sparse.core.loss_scale import LossScale
 from hvd_sparse.core.plan import Plan, Tensor, dtype_of
-from hvd_sparse.core.scaling import LossScale
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.core.undo import Undo
 from hvd_sparse.kernels import kernels_for

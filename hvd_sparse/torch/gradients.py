@@ -16,11 +16,11 @@ import torch
 from hvd_sparse.advice import Adviser
 from hvd_sparse.core.contracts import Op
 from hvd_sparse.core.interrupts import Uninterrupted
-from hvd_sparse.core.scaling import is_finite
+from hvd_sparse.core.loss_scale import is_finite
 from hvd_sparse.mpi import Blob, SparseAllreduce
 from hvd_sparse.torch.advice import advise
+from hvd_sparse.torch.grad_scaler import refuse_unscaled
 from hvd_sparse.torch.parameters import Parameters
-from hvd_sparse.torch.scaling import refuse_unscaled
 from hvd_sparse.torch.sharing import give_own_memory
 from hvd_sparse.torch.states import viewed
 from hvd_sparse.torch.turns import Turns

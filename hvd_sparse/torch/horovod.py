@@ -38,9 +38,9 @@ from hvd_sparse.core.contracts import (
 )
 from hvd_sparse.core.formats import Values
 from hvd_sparse.core.interrupts import Uninterrupted
+from hvd_sparse.core.loss_scale import scale_of
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.routing import Dense, WhenCheaper
-from hvd_sparse.core.scaling import scale_of
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.kernels import host
 from hvd_sparse.torch import elastic
@@ -49,10 +49,10 @@ from hvd_sparse.torch.exchanges import (
     horovod,
     waits_for_peers,
 )
-from hvd_sparse.torch.inbound import Inbound
+from hvd_sparse.torch.grad_scaler import refuse_before_exchange
+from hvd_sparse.torch.horovod_receiver import Receiver
+from hvd_sparse.torch.horovod_sender import Sender
 from hvd_sparse.torch.names import Caller, ParameterNames, find_caller
-from hvd_sparse.torch.outbound import Outbound
-from hvd_sparse.torch.scaling import refuse_before_exchange
 from hvd_sparse.torch.served import Served, watch_steps
 from hvd_sparse.torch.states import as_tensors, on_host
 from hvd_sparse.torch.step import Context, Idle, Step
@@ -128,11 +128,11 @@ class SparseCompressor:
             raise ValueError(f"timeout_s must be positive, got {timeout_s}")
         self.op = op
         self._process_set = process_set
-        self._carrier = exchange_for(exchange, sparsifier, self._group, prefix)
+        self._exchange = exchange_for(exchange, sparsifier, self._group, prefix)
         expected = Average if op is None else op
         self._path = GradientPath(
             sparsifier,
-            self._carrier,
+            self._exchange,
             op=expected,
             dense=dense,
             values=values,
@@ -147,7 +147,7 @@ class SparseCompressor:
         self._served = Served(
             ParameterNames(named_parameters),
             self._path,
-            self._carrier,
+            self._exchange,
             self._group,
             self._lock,
         )
@@ -159,10 +159,10 @@ class SparseCompressor:
         )
         weakref.finalize(self, self._watchdog.stop)
         self._step = Step(self._path, self._watchdog)
-        parts = (self._step, self._path, self._carrier)
-        self._outbound = Outbound(*parts, self._watchdog)
-        self._inbound = Inbound(
-            *parts, self._outbound, self._found, self._served.release
+        parts = (self._step, self._path, self._exchange)
+        self._sender = Sender(*parts, self._watchdog)
+        self._receiver = Receiver(
+            *parts, self._sender, self._found, self._served.release
         )
         horovod()
         elastic.register(SparseCompressor)
@@ -207,7 +207,7 @@ class SparseCompressor:
             except BaseException as error:
                 self._step.fail(error)
                 if sent is None:  # else it was Ctrl-C, after all
-                    sent = self._outbound.excuse(name, tensor, parameter)
+                    sent = self._sender.excuse(name, tensor, parameter)
             return sent
 
     def _send(
@@ -215,9 +215,9 @@ class SparseCompressor:
     ) -> tuple[Tensor, Context | Idle]:
         step = self._step
         if step.arriving and caller is not None:  # something else has failed
-            self._inbound.end()
+            self._receiver.end()
         elif name in step and (caller is not None or self._path.scaling.is_used):
-            self._carrier.withdraw()
+            self._exchange.withdraw()
             step.roll_back()
         if step.is_empty:
             self._served.begin(caller)
@@ -225,8 +225,8 @@ class SparseCompressor:
             self._watchdog.sent(name, self._path.traffic.steps)
             frozen = None if parameter.requires_grad else parameter
             idle = step.idle[name] = Idle(name, gradient, frozen)
-            return self._carrier.nothing(), idle
-        sent, context = self._outbound.send(name, gradient, parameter)
+            return self._exchange.nothing(), idle
+        sent, context = self._sender.send(name, gradient, parameter)
         context.alone = caller is None
         return sent, context
 
@@ -256,7 +256,7 @@ class SparseCompressor:
         """
         with self._lock:
             if ctx is None:  # a sparse gradient: Horovod gathers its rows itself
-                self._inbound.look_for_overflow(tensor)
+                self._receiver.look_for_overflow(tensor)
                 return tensor
             if isinstance(ctx, Idle):
                 gradient = self._receive_nothing(tensor, ctx)
@@ -273,7 +273,7 @@ class SparseCompressor:
             refuse_before_exchange(depth=2)
         try:
             with Uninterrupted():
-                self._inbound.receive(reduced, ctx)
+                self._receiver.receive(reduced, ctx)
         except BaseException as error:
             if ctx.result is None:
                 failed = self._failed(error)
@@ -283,7 +283,7 @@ class SparseCompressor:
 
     def _receive_nothing(self, reduced: Tensor, ctx: Idle) -> Tensor:
         try:
-            gradient = self._inbound.receive_nothing(reduced, ctx)
+            gradient = self._receiver.receive_nothing(reduced, ctx)
         except BaseException as error:
             failed = self._failed(error)
             raise failed from failed.__cause__
@@ -301,7 +301,7 @@ class SparseCompressor:
     def _failed(self, error: BaseException) -> BaseException:
         """What to raise once the whole step is taken back."""
         gave_up, recovers = self._watchdog.gave_up, self._shutdown.recovers
-        self._inbound.fail(error)
+        self._receiver.fail(error)
         self._served.end()
         if gave_up and not recovers:
             failed = ExchangeError(gave_up)
@@ -312,7 +312,7 @@ class SparseCompressor:
         return error  # elastic training recovers from Horovod's own error alone
 
     def _found(self, op: Op) -> Op:
-        if self.op is not None and op != self.op and self._carrier.size > 1:
+        if self.op is not None and op != self.op and self._exchange.size > 1:
             raise ValueError(
                 f"op must be that of the optimizer, {op.name}, got {Op(self.op).name}"
             )
@@ -333,10 +333,11 @@ class SparseCompressor:
 
         Residuals are what they were before, bitwise. Collective: every rank calls it
         between its backward pass and the next one, after `optimizer.synchronize()` or
-        without: then this does so first, since peers may wait. In the next step, ranks
-        that differ get an ExchangeError that names tensor, rank and step, but with
-        Embedded(), whose ranks may be apart. Gradients are the results: zero them
-        afterwards.
+        without: then this does so first, since peers may wait. A rank that makes no
+        backward pass calls `optimizer.synchronize()`, which takes part with zeros, and
+        then this. In the next step, ranks that differ get an ExchangeError that names
+        tensor, rank and step, but with Embedded(), whose ranks may be apart. Gradients
+        are the results: zero them afterwards.
 
         Raises:
             RuntimeError: undo=True was not given, nothing was sent since the last time,
@@ -409,7 +410,7 @@ class SparseCompressor:
 
     def _forget_flights(self) -> None:
         self._step.forget()
-        self._carrier.forget()
+        self._exchange.forget()
         self._served.forget_plan()
         self._shutdown.wait()
         self._watchdog.gave_up = ""

@@ -20,9 +20,9 @@ from hvd_sparse.core.formats import Values
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.mpi import SparseAllreduce
+from hvd_sparse.torch.grad_scaler import refuse_before_exchange, refuse_unknown_scale
 from hvd_sparse.torch.gradients import Gradients
 from hvd_sparse.torch.parameters import NamedParameters, Parameters
-from hvd_sparse.torch.scaling import refuse_before_exchange, refuse_unknown_scale
 from hvd_sparse.torch.states import as_tensors, on_host
 
 
@@ -278,8 +278,9 @@ class _Distributed:
 
         Residuals are what they were before, bitwise. Collective: every rank calls it
         between its backward pass and the next one, after `synchronize` or without: then
-        this takes part in the exchange first, since peers may wait. Gradients are the
-        results: zero them afterwards.
+        this takes part in the exchange first, since peers may wait. A rank that makes
+        no backward pass calls `synchronize`, which takes part with zeros, and then
+        this. Gradients are the results: zero them afterwards.
 
         Example:
             optimizer.synchronize()

@@ -56,14 +56,14 @@ class Served:
         self,
         names: ParameterNames,
         path: GradientPath,
-        carrier: HorovodExchange,
+        exchange: HorovodExchange,
         group: Callable[[], Any],
         lock: threading.RLock,
     ) -> None:
         """Args: group: returns the process set. lock: of the compressor."""
         self.names = names
         self._path = path
-        self._carrier = carrier
+        self._exchange = exchange
         self._group = group
         self._lock = lock
         self._contended = Contended()
@@ -109,7 +109,7 @@ class Served:
         self._before_closure = caller is not None and caller.steps_with_closure
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
-        self._adviser.step(optimizer, self._carrier.rank, stacklevel=4)
+        self._adviser.step(optimizer, self._exchange.rank, stacklevel=4)
 
     def begin(self, caller: Caller | None) -> None:
         """The first gradient of a step comes.
@@ -137,7 +137,7 @@ class Served:
         """Which tensors travel together; from facts that all ranks share."""
         named = self.names.of(optimizer)
         names = {named[p]: p for p in optimizer._requires_update if p in named}
-        self._carrier.plan(
+        self._exchange.plan(
             {
                 name: parameter.numel() * parameter.element_size()
                 for name, parameter in names.items()

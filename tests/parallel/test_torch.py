@@ -889,8 +889,9 @@ def test_a_bad_batch_that_is_thrown_away_leaves_no_trace(density):
 
 
 @pytest.mark.ranks
-def test_a_rank_that_throws_a_step_away_before_its_exchange_takes_part_in_it():
-    """It has seen its loss, which its peers have not."""
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_rank_that_throws_a_step_away_before_its_exchange_takes_part_in_it(backward):
+    """It has seen its loss, or its batch, which its peers have not."""
     model = nn.ParameterDict({"weight": nn.Parameter(torch.zeros(400))})
     weight = model["weight"]
     optimizer = distribute(torch.optim.SGD([weight], lr=1.0), model, undo=True)
@@ -900,11 +901,13 @@ def test_a_rank_that_throws_a_step_away_before_its_exchange_takes_part_in_it():
         before = optimizer.residual_state_dict()["tensors"]
         optimizer.zero_grad()
         bad = step == 2
-        (weight * own * (1e30 if bad else 1)).sum().backward()
+        loss = (weight * own * (1e30 if bad else 1)).sum()
+        if backward or not (bad and alone):
+            loss.backward()
         if not bad:
             optimizer.step()
             continue
-        if not alone:
+        if not (backward and alone):
             optimizer.synchronize()
             optimizer.zero_grad()  # which makes no other step of it
         optimizer.discard()

@@ -1,4 +1,4 @@
-"""Counts what moves in exchanges of several sizes; run by tests/test_scale.py.
+"""Counts what moves in exchanges of several sizes; run by tests/test_rings.py.
 
 mpirun -np 4 python tests/programs/count_bytes.py
 """

@@ -36,20 +36,20 @@ def changed(name: str) -> ValueError:
     )
 
 
-class Outbound:
+class Sender:
     """Of one compressor."""
 
     def __init__(
         self,
         step: Step,
         path: GradientPath,
-        carrier: HorovodExchange,
+        exchange: HorovodExchange,
         watchdog: Watchdog,
     ) -> None:
         """Join the parts."""
         self._step = step
         self._path = path
-        self._carrier = carrier
+        self._exchange = exchange
         self._watchdog = watchdog
 
     def send(
@@ -73,14 +73,14 @@ class Outbound:
         step.under_way[name] = context
         if known.dense:
             return self._send_dense(context), context
-        due = self._carrier.announce(name)
-        if known.grouped and self._carrier.batched and gradient.is_contiguous():
+        due = self._exchange.announce(name)
+        if known.grouped and self._exchange.batched and gradient.is_contiguous():
             step.waiting[name] = context
         else:
             self._send_alone(context)
         if due:
             self._send_together(due)
-        return self._carrier.to_reduce(name), context
+        return self._exchange.to_reduce(name), context
 
     def flush(self) -> None:
         """Results are asked for: what waits for others, which do not come, leaves."""
@@ -168,15 +168,15 @@ class Outbound:
             context = step.under_way[name] = Context(name, Place(gradient, None))
         step.waiting.pop(name, None)
         if context.excused or context.flight is not None:  # it has left
-            return self._carrier.to_reduce(name), context
+            return self._exchange.to_reduce(name), context
         step.keep(context)
         known = self._known(name, parameter)
         if known is not None and known.dense:
             return self._refuse(context, known), context
-        due = self._carrier.announce(name)
+        due = self._exchange.announce(name)
         self._tell(context)
         self._send_together(due)
-        return self._carrier.to_reduce(name), context
+        return self._exchange.to_reduce(name), context
 
     def _known(self, name: str, parameter: Tensor) -> Admitted | None:
         """How its peers treat it, who may have a gradient that is not refused."""
@@ -192,9 +192,9 @@ class Outbound:
             return
         self._step.keep(context)
         known, size = self._path.plan.tensors.get(context.name), None
-        if not self._carrier.batched and known is not None:
+        if not self._exchange.batched and known is not None:
             size = frame_bytes([known.header])
-        self._carrier.start(context.name, Raised(failure.error, size))
+        self._exchange.start(context.name, Raised(failure.error, size))
         context.excused = failure.told = True
 
     def _refuse(self, context: Context, known: Admitted) -> Tensor:

@@ -19,8 +19,8 @@ from laws import (
 )
 
 from hvd_sparse import Never, PayloadError, SignTopK, Threshold, TopK, WhenCheaper
+from hvd_sparse.core.loss_scale import is_finite, overflows, ratio, scale_of
 from hvd_sparse.core.path import GradientPath
-from hvd_sparse.core.scaling import is_finite, overflows, ratio, scale_of
 
 SCALES = [1024.0, 1024.0, 512.0, 2048.0, 2.0, 2.0**20]
 

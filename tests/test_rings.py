@@ -7,8 +7,7 @@ from launching import START_S, launch, needs_mpirun
 
 from hvd_sparse.core.formats import Float32, Sign
 from hvd_sparse.core.payload import payload_bytes
-from hvd_sparse.core.routing import WhenCheaper
-from hvd_sparse.core.scale import (
+from hvd_sparse.core.rings import (
     Link,
     Transfer,
     allgather,
@@ -17,6 +16,7 @@ from hvd_sparse.core.scale import (
     split_allreduce,
     union,
 )
+from hvd_sparse.core.routing import WhenCheaper
 from hvd_sparse.core.sparsifiers import elements
 
 DENSITY, STEPS, SIZES = 0.02, 3, 3  # of the program

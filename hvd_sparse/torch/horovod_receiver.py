@@ -13,22 +13,22 @@ from hvd_sparse.core.contracts import ExchangeError, Op
 from hvd_sparse.core.flight import Flight
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.torch.contract import HorovodExchange
-from hvd_sparse.torch.outbound import Outbound, changed
+from hvd_sparse.torch.horovod_sender import Sender, changed
 from hvd_sparse.torch.states import viewed
 from hvd_sparse.torch.step import Context, Idle, Step, forgotten
 
 Tensor = torch.Tensor
 
 
-class Inbound:
+class Receiver:
     """Of one compressor."""
 
     def __init__(
         self,
         step: Step,
         path: GradientPath,
-        carrier: HorovodExchange,
-        outbound: Outbound,
+        exchange: HorovodExchange,
+        sender: Sender,
         found: Callable[[Op], Op],
         release: Callable[[], None],
     ) -> None:
@@ -39,8 +39,8 @@ class Inbound:
         """
         self._step = step
         self._path = path
-        self._carrier = carrier
-        self._outbound = outbound
+        self._exchange = exchange
+        self._sender = sender
         self._found = found
         self._release = release
 
@@ -54,7 +54,7 @@ class Inbound:
         Raises:
             BaseException: what failed; `fail` must follow.
         """
-        self._outbound.flush()  # their batches lack a member
+        self._sender.flush()  # their batches lack a member
         failure = self._step.failure
         if failure is not None and failure.told:
             raise failure.error
@@ -70,7 +70,7 @@ class Inbound:
         """End the step: what was sent is back once all that is on its way is there."""
         self._step.fail(error)
         try:
-            self._outbound.flush()
+            self._sender.flush()
         finally:
             try:
                 self._release()
@@ -80,7 +80,7 @@ class Inbound:
     def end(self) -> None:
         """Await what is on its way, of which nothing counts."""
         try:
-            self._carrier.drain()
+            self._exchange.drain()
         finally:
             self._step.roll_back()
 
@@ -89,13 +89,13 @@ class Inbound:
         if ctx.place.changed:
             raise changed(ctx.name)
         try:
-            op = self._carrier.reduced(flight.handle, reduced)
+            op = self._exchange.reduced(flight.handle, reduced)
         except ValueError:  # some ranks sent none of it: their batch never comes
-            self._carrier.forsake(flight.handle)
+            self._exchange.forsake(flight.handle)
             raise
         self._path.plan.op = self._found(op)
         arrived = self._receive_batch(flight) or self._receive_alone(ctx, flight)
-        sent, received = self._carrier.bytes_beside(reduced, arrived)
+        sent, received = self._exchange.bytes_beside(reduced, arrived)
         self._path.traffic.overhead_sent_bytes += sent
         self._path.traffic.overhead_received_bytes += received
 
@@ -104,7 +104,7 @@ class Inbound:
         step = self._step
         if self._path.scaling.is_used:
             return 0
-        names = self._carrier.arrive(flight.handle)
+        names = self._exchange.arrive(flight.handle)
         contexts = [c for n in names if (c := step.under_way.get(n))]
         if len(contexts) != len(names):  # some were received alone
             return 0
@@ -117,7 +117,7 @@ class Inbound:
         outs = [c.seen(result) for c, result in zip(contexts, results, strict=True)]
         self._path.hand_back(flights, outs)
         step.arrive(contexts, results)
-        self._carrier.drop(names)
+        self._exchange.drop(names)
         return len(contexts)
 
     def _receive_alone(self, ctx: Context, flight: Flight) -> int:
