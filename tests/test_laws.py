@@ -781,7 +781,8 @@ def test_an_unknown_op_is_refused(op: Any) -> None:
         (
             np.ones(4, np.float32),
             np.ones(6, np.float32),
-            r"w: rank 1: digest \d+, .* here 2 of 4 elements, float32, step 0$",
+            r"w: rank 1: digest \d+, .*; here step 0, 2 elements of \(4,\) float32, "
+            r"TopK\(density=0.5\), op=Average, dense=Never\(\)$",
         ),
         (
             np.ones(4, np.float32),

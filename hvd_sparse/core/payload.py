@@ -31,6 +31,7 @@ class Header(NamedTuple):
         step: completed exchanges of this tensor.
         digest: 64 bits over all of these but the step, and name, shape, configuration.
         varies: ranks choose k themselves.
+        facts: what the digest stands for, in words.
     """
 
     layout: int
@@ -40,6 +41,7 @@ class Header(NamedTuple):
     step: int
     digest: int
     varies: bool = False
+    facts: str = ""
 
     @property
     def form(self) -> Format:

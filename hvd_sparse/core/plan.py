@@ -103,8 +103,8 @@ class Tensor:
 
     def at_step(self, step: int) -> None:
         """Count the exchanges of this tensor."""
-        layout, dtype, n, k, _, digest, varies = self.header
-        self.header = Header(layout, dtype, n, k, step, digest, varies)
+        layout, dtype, n, k, _, digest, varies, facts = self.header
+        self.header = Header(layout, dtype, n, k, step, digest, varies, facts)
 
     @property
     def route(self) -> str:
@@ -249,11 +249,12 @@ class Plan:
 
     def _set_digest(self, tensor: Tensor) -> None:
         """64 bits that stand for all that ranks must have alike for this tensor."""
-        k, layout = tensor.header.k, tensor.header.layout
-        facts = (tensor.name, tensor.shape, tensor.dtype, k, layout, self.agreed)
-        text = repr(facts).encode()
+        k, layout, agreed = tensor.header.k, tensor.header.layout, self.agreed
+        all_of_them = (tensor.name, tensor.shape, tensor.dtype, k, layout, agreed)
+        text = repr(all_of_them).encode()
         digest = int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
-        tensor.header = tensor.header._replace(digest=digest)
+        facts = f"{k} elements of {tensor.shape} {tensor.dtype}, {agreed}"
+        tensor.header = tensor.header._replace(digest=digest, facts=facts)
 
     def goes_dense(self, name: str, gradient: Array) -> bool:
         """Whether it will, or can not go at all; nothing is remembered."""

@@ -180,7 +180,7 @@ def _difference(head: Head, own: Header, step: int, digest: int) -> str:
         return ""
     return (
         f"digest {head.digest}, expected {digest}: shape, dtype, step or configuration "
-        f"differ, here {own.k} of {own.n} elements, {own.dtype}, step {own.step}"
+        f"differ; here step {own.step}, {own.facts}"
     )
 
 
