@@ -296,6 +296,7 @@ class SparseCompressor:
         if error is not None:
             self._served.release()
             self._served.end()
+            self._watchdog.forget()
             raise error
 
     def _failed(self, error: BaseException) -> BaseException:
