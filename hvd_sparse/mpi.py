@@ -141,6 +141,11 @@ class SparseAllreduce:
         return self._path.scaling.is_used
 
     @property
+    def overflowed(self) -> bool:
+        """Whether, with a scaler, a result of the last step was not finite."""
+        return self._path.scaling.overflowed
+
+    @property
     def can_discard(self) -> bool:
         """Whether it was made with undo=True."""
         return self._path.residuals.can_discard

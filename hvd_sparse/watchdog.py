@@ -45,7 +45,7 @@ class Watchdog:
         self._rank = rank
         self._shutdown = shutdown
         self._waiting = waiting
-        self._waits: dict[str, int] = {}  # per tensor on its way, its step
+        self._waits: dict[str, int] = {}  # per tensor that is awaited, its step
         self._moves = 0
         self._thread: threading.Thread | None = None
         self._stopped = threading.Event()
@@ -66,7 +66,7 @@ class Watchdog:
         self._moves += 1
 
     def forget(self) -> None:
-        """What is on its way will not come back."""
+        """Nothing is awaited any more."""
         self._waits.clear()
         self._moves += 1
 

@@ -41,6 +41,22 @@ class Linear:
         return sum(((p * g).sum() for (_, p), g in both), torch.zeros(()))
 
 
+def leave_out(
+    optimizer: Any, parameter: nn.Parameter, scaler: Any, bad: tuple[int, ...]
+) -> None:
+    """Six steps of README's recipe; a bad batch is left out without a word."""
+    for step in range(6):
+        optimizer.zero_grad()
+        gradient = torch.arange(40.0) - 17 * step
+        scaler.scale((parameter * gradient).sum()).backward()
+        optimizer.synchronize()
+        scaler.unscale_(optimizer)
+        if step not in bad:
+            with optimizer.skip_synchronize():
+                scaler.step(optimizer)
+        scaler.update()
+
+
 def make_scaler(**options: Any) -> torch.amp.GradScaler:
     """One whose scale moves within a few steps."""
     given = {"init_scale": 1024.0, "growth_interval": 2, **options}

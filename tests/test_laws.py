@@ -705,6 +705,21 @@ def test_a_state_of_another_model_is_refused_by_name(
         load()
 
 
+@pytest.mark.parametrize("used", [True, False], ids=["at loading", "at first use"])
+def test_a_state_that_is_not_finite_is_refused(used: bool) -> None:
+    """It would never heal: what is not finite stays in a residual for ever."""
+    state = copy.deepcopy(stateful().paths[0].residuals.state_dict())
+    state["tensors"]["w"]["residual"][0, 1] = np.nan
+    ranks = stateful() if used else Ranks(2, TopK(density=0.5))
+
+    def load() -> None:
+        ranks.paths[0].residuals.load_state_dict(state)
+        ranks.step([np.ones((2, 3), np.float32)] * 2)
+
+    with pytest.raises(ValueError, match="w: state has a residual that is not finite"):
+        load()
+
+
 def test_a_refused_state_changes_nothing() -> None:
     path = stateful().paths[0]
     state = path.residuals.state_dict()

@@ -97,9 +97,9 @@ watchdog._LAST_S = 0.5
 dog = watchdog.Watchdog(
     0.2, rank=lambda: 0, shutdown=lambda: time.sleep(60), waiting=lambda: True
 )
-dog.sent("weight", 0)
 sys.stdout = os.fdopen(os.dup(1), "w")  # buffered, whatever the environment says
 sys.stdout.write("waits in a buffer")
+dog.sent("weight", 0)
 time.sleep(60)
 """
 

@@ -3,6 +3,7 @@
 import numpy as np
 
 from hvd_sparse.core.contracts import Array, Selection
+from hvd_sparse.core.loss_scale import is_finite
 from hvd_sparse.core.plan import Tensor, dtype_of
 from hvd_sparse.kernels.reference import check_indices
 
@@ -11,10 +12,16 @@ def check_selection(tensor: Tensor, selection: Selection) -> None:
     """Refuse a selection that peers could not read.
 
     Raises:
+        TypeError: it is no Selection of arrays of one dimension.
         ValueError: indices are not int32, do not ascend or are not k; values are not of
-            the residual's dtype.
+            the residual's dtype, or not finite.
     """
-    name, indices, values = tensor.name, selection.indices, selection.values
+    name = tensor.name
+    if not isinstance(selection, Selection):
+        kind = type(selection).__name__
+        raise TypeError(f"{name}: select must return a Selection, got {kind}")
+    _check_arrays(name, selection)
+    indices, values, _ = selection
     count, k = indices.shape[0], tensor.header.k
     if dtype_of(indices) != "int32":
         raise ValueError(f"{name}: indices must be int32, got {indices.dtype}")
@@ -33,6 +40,21 @@ def check_selection(tensor: Tensor, selection: Selection) -> None:
         raise ValueError(
             f"{name}: {count} indices were selected, but {values.shape[0]} values"
         )
+    if not is_finite(values):
+        raise ValueError(f"{name}: values must be finite")
+
+
+def _check_arrays(name: str, selection: Selection) -> None:
+    for what in ("indices", "values"):
+        array = selection._asdict()[what]
+        try:
+            dimensions = len(array.shape)
+        except AttributeError:
+            kind = type(array).__name__
+            raise TypeError(f"{name}: {what} must be an array, got {kind}") from None
+        if dimensions != 1:
+            shape = tuple(array.shape)
+            raise TypeError(f"{name}: {what} must have shape (k,), got {shape}")
 
 
 def _on_host(indices: Array) -> Array:

@@ -101,7 +101,8 @@ def _select_by_users(tensor: Tensor, residual: Array, flat: Array) -> Selection:
     except BaseException:
         residual[...] = before
         raise
-    return selection
+    indices, values, nonfinite = selection
+    return Selection(_flat(indices), _flat(values), nonfinite)
 
 
 def _may_join(flight: Flight, gradient: Array, in_place: Container[str]) -> bool:

@@ -29,9 +29,9 @@ class Header(NamedTuple):
         n: elements of the gradient.
         k: elements of the payload; the most there may be where `varies`.
         step: completed exchanges of this tensor.
-        digest: 64 bits over all of these but the step, and name, shape, configuration.
+        digest: 64 bits over all of these but the step, and name and facts.
         varies: ranks choose k themselves.
-        facts: what the digest stands for, in words.
+        facts: shape and configuration, which the digest stands for; for errors.
     """
 
     layout: int
@@ -41,7 +41,7 @@ class Header(NamedTuple):
     step: int
     digest: int
     varies: bool = False
-    facts: str = ""
+    facts: tuple[tuple[int, ...], str] = ((), "")
 
     @property
     def form(self) -> Format:

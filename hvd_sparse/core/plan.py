@@ -5,6 +5,7 @@ the configuration and from the number of ranks. A peer that decided otherwise ha
 another digest, and is found out before its data is used.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -250,10 +251,11 @@ class Plan:
     def _set_digest(self, tensor: Tensor) -> None:
         """64 bits that stand for all that ranks must have alike for this tensor."""
         k, layout, agreed = tensor.header.k, tensor.header.layout, self.agreed
-        all_of_them = (tensor.name, tensor.shape, tensor.dtype, k, layout, agreed)
-        text = repr(all_of_them).encode()
+        text = repr(
+            (tensor.name, tensor.shape, tensor.dtype, k, layout, agreed)
+        ).encode()
         digest = int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
-        facts = f"{k} elements of {tensor.shape} {tensor.dtype}, {agreed}"
+        facts = tensor.shape, sys.intern(agreed)  # one text for all tensors
         tensor.header = tensor.header._replace(digest=digest, facts=facts)
 
     def goes_dense(self, name: str, gradient: Array) -> bool:

@@ -178,9 +178,11 @@ def _difference(head: Head, own: Header, step: int, digest: int) -> str:
         return f"step {head.step}, expected {step % STEPS}"
     if head.digest == digest:
         return ""
+    shape, configuration = own.facts
     return (
         f"digest {head.digest}, expected {digest}: shape, dtype, step or configuration "
-        f"differ; here step {own.step}, {own.facts}"
+        f"differ; here step {own.step}, {own.k} elements of {shape} {own.dtype}, "
+        f"{configuration}"
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from hvd_sparse.core.contracts import Array, Exchange, Memory
 from hvd_sparse.core.flight import last_sent
-from hvd_sparse.core.loss_scale import LossScale
+from hvd_sparse.core.loss_scale import LossScale, is_finite
 from hvd_sparse.core.plan import Plan, Tensor, dtype_of
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.core.undo import Undo
@@ -213,3 +213,5 @@ def _check_loaded(
             f"{name}: state has shape {found[0]} and dtype {found[1]}, expected "
             f"{shape} and {dtype}"
         )
+    if saved["residual"] is not None and not is_finite(saved["residual"]):
+        raise ValueError(f"{name}: state has a residual that is not finite")

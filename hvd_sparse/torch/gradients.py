@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from hvd_sparse.advice import Adviser
-from hvd_sparse.core.contracts import Op
+from hvd_sparse.core.contracts import ExchangeError, Op
 from hvd_sparse.core.interrupts import Uninterrupted
 from hvd_sparse.core.loss_scale import is_finite
 from hvd_sparse.mpi import Blob, SparseAllreduce
@@ -29,7 +29,6 @@ from hvd_sparse.torch.unused import Unused, looked_at
 Array = npt.NDArray[Any]
 Tensor = torch.Tensor
 
-_LOSS = "(loss)"
 _KINDS = ("", "dense", "rows")  # of gradients; of none first
 # what says so: its place in the first byte
 _WORDS = {k: np.array([i] + [0] * 7, np.uint8) for i, k in enumerate(_KINDS)}
@@ -56,6 +55,7 @@ class Gradients:
         self._adviser = Adviser(advise, reduce.sparsifier)
         self.kinds: dict[str, str] = {}  # dense or rows, the same on every rank
         self.unused = Unused(reduce.applied)
+        self._exchanged: set[str] = set()  # names, the last time
         self._hooks: dict[str, Any] = {}
         weakref.finalize(self, _remove, self._hooks).atexit = False
         self.watch_backward(parameters.held())
@@ -70,7 +70,7 @@ class Gradients:
         same ones, is agreed on with it.
         """
         self.turns.fresh = False
-        with self._reported():
+        with self.reported():
             optimizer: Any = self._optimizer()
             refuse_unscaled(self.scaler, optimizer)
             self._adviser.step(optimizer, self.reduce.rank, stacklevel=4)
@@ -82,19 +82,35 @@ class Gradients:
             with Uninterrupted():  # also between the exchanges of a step
                 return self._exchange(held, loss)
         finally:
+            self._exchanged = {n for n, p in held.items() if p.requires_grad}
             self.turns.end()
 
     def synchronize(self) -> None:
         """By the user, in whose hands the results are now."""
         self.exchange()
         self.turns.synchronized = True
-        if self.reduce.is_scaled:  # the scaler says what becomes of them
-            return
         held = self.parameters.held()
         for name in looked_at(n for n, p in held.items() if p.requires_grad):
             parameter = held[name]
             if parameter.grad is not None:
                 self.unused.note(parameter, parameter.grad)
+
+    def refuse_unsent(self) -> None:
+        """Before a step with what was synchronized.
+
+        Raises:
+            ValueError: a gradient of this rank alone would move a parameter.
+        """
+        for name, parameter in self.parameters.held().items():
+            gradient = parameter.grad
+            if name in self._exchanged or not parameter.requires_grad:
+                continue
+            if gradient is not None and bool(gradient.any()):
+                raise ValueError(
+                    f"{name}: joined the optimizer, or was thawed, after "
+                    "synchronize(), so that its gradient was not sent: call "
+                    "synchronize() again"
+                )
 
     def discard(self) -> None:
         """By the user; peers may wait in the exchange that this rank has not made."""
@@ -108,14 +124,14 @@ class Gradients:
         """The step before, if nothing became of it."""
         if self.turns.synchronized:  # no backward pass since
             self.unused.forget()
-        elif self.unused.is_thrown_away():
+        elif self.unused.is_thrown_away() and not self.reduce.overflowed:
             if self.reduce.can_discard:
                 self.reduce.discard()
             else:
                 self.unused.warn(stacklevel + 1)
 
     def _exchange(self, held: dict[str, Tensor], loss: Any) -> Any:
-        with self._reported():
+        with self.reported():
             give_own_memory(list(held.values()), self.turns.beside())
             expected = {
                 n: p for n, p in held.items() if n in self.kinds and p.requires_grad
@@ -124,10 +140,10 @@ class Gradients:
             blobs = dict(others)
             if loss is not None:
                 number = np.array([_number(loss)], np.float64)
-                blobs[_LOSS] = Blob(number.view(np.uint8))
+                blobs[_loss_name(held)] = Blob(number.view(np.uint8))
         gathered = self._exchange_gradients(expected, blobs)
         if loss is not None:
-            loss = _mean_loss(loss, gathered[_LOSS])
+            loss = _mean_loss(loss, gathered[_loss_name(held)])
         found = self._learn_kinds({name: gathered[name] for name in others})
         if found:
             late = {name: held[name] for name in found}
@@ -137,12 +153,13 @@ class Gradients:
 
     def mean_loss(self, loss: Any) -> Any:
         """That of gradients that were exchanged before."""
-        with self._reported():
+        with self.reported():
             number = np.array([_number(loss)], np.float64)
-        blobs = {_LOSS: Blob(number.view(np.uint8))}
+        name = _loss_name(self.parameters.held())
+        blobs = {name: Blob(number.view(np.uint8))}
         gathered = self._exchange_gradients({}, blobs, continues=True)
         self.reduce.traffic.steps -= 1  # of one step
-        return _mean_loss(loss, gathered[_LOSS])
+        return _mean_loss(loss, gathered[name])
 
     def _exchange_gradients(
         self,
@@ -152,7 +169,7 @@ class Gradients:
         continues: bool = False,
     ) -> dict[str, list[Array]]:
         """One exchange; returns what was gathered of the blobs."""
-        with self._reported():
+        with self.reported():
             rows = {
                 n: _sparse_gradient(p)
                 for n, p in parameters.items()
@@ -175,10 +192,12 @@ class Gradients:
         return gathered
 
     @contextmanager
-    def _reported(self) -> Iterator[None]:
+    def reported(self) -> Iterator[None]:
         """An error on the way into the exchange reaches the peers that wait in it."""
         try:
             yield
+        except ExchangeError:  # of which they know
+            raise
         except BaseException as error:  # Ctrl-C, too
             self.reduce.report(error)
             raise
@@ -241,6 +260,14 @@ def _remove(hooks: dict[str, Any]) -> None:
     for hook in hooks.values():
         hook.remove()
     hooks.clear()
+
+
+def _loss_name(held: dict[str, Tensor]) -> str:
+    """That of the loss beside these gradients: no parameter's."""
+    name = "(loss)"
+    while name in held:
+        name = f"({name})"
+    return name
 
 
 def _pack_kind(parameter: Tensor) -> Blob:

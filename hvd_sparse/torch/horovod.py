@@ -220,6 +220,7 @@ class SparseCompressor:
             self._exchange.withdraw()
             step.roll_back()
         if step.is_empty:
+            self._watchdog.forget()  # what an interrupted hand-back left
             self._served.begin(caller)
         if caller is not None and self._served.is_idle(caller, parameter):
             self._watchdog.sent(name, self._path.traffic.steps)
@@ -294,9 +295,11 @@ class SparseCompressor:
         """Once the last result is there, the step counts."""
         error = self._step.settle()
         if error is not None:
-            self._served.release()
-            self._served.end()
-            self._watchdog.forget()
+            try:
+                self._served.release()
+            finally:
+                self._served.end()
+                self._watchdog.forget()
             raise error
 
     def _failed(self, error: BaseException) -> BaseException:
@@ -336,9 +339,10 @@ class SparseCompressor:
         between its backward pass and the next one, after `optimizer.synchronize()` or
         without: then this does so first, since peers may wait. A rank that makes no
         backward pass calls `optimizer.synchronize()`, which takes part with zeros, and
-        then this. In the next step, ranks that differ get an ExchangeError that names
-        tensor, rank and step, but with Embedded(), whose ranks may be apart. Gradients
-        are the results: zero them afterwards.
+        then this; not with `groups=`, nor where gradients are sparse. In the next step,
+        ranks that differ get an ExchangeError that names tensor, rank and step, but
+        with Embedded(), whose ranks may be apart. Gradients are the results: zero them
+        afterwards.
 
         Raises:
             RuntimeError: undo=True was not given, nothing was sent since the last time,

@@ -138,7 +138,7 @@ class _Distributed:
 
             def exchanged() -> Any:
                 turns.synchronized = False
-                with torch.enable_grad():
+                with torch.enable_grad(), state.reported():
                     loss = closure()
                 if turns.synchronized:  # by the closure, to clip them say
                     return state.mean_loss(loss)
@@ -175,6 +175,8 @@ class _Distributed:
         options: dict[str, Any],
     ) -> Any:
         turns = self._sparse.turns
+        if turns.synchronized:
+            self._sparse.refuse_unsent()
         self._sparse.unused.forget()
         if turns.synchronized:
             turns.recall(self._sparse.parameters.held())

@@ -149,7 +149,7 @@ class Served:
 
     def _throw_away(self) -> None:
         """The step before, if nothing became of it."""
-        if not self._unused.is_thrown_away():
+        if not self._unused.is_thrown_away() or self._path.scaling.overflowed:
             return
         if self._path.residuals.can_discard:
             self._path.residuals.discard()
@@ -176,8 +176,7 @@ class Served:
         result, place = context.result, context.place
         assert result is not None
         parameter = place.parameter if context.name in self._looked else None
-        by_user = not (self._stepping or self._path.scaling.is_used)
-        if by_user and parameter is not None:
+        if parameter is not None and not self._stepping:
             self._unused.note(parameter, result)
         self._contended.keep(context.name, place, result)
         return place.seen(result)

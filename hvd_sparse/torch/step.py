@@ -200,14 +200,16 @@ class Step:
         contexts = [*self.arrived, *self.under_way.values()]
         waiting = list(self.waiting.values())
         self._leave(list(self.under_way.values()))
-        self._path.recall([c.flight for c in contexts if c.flight is not None])
-        for context in waiting:
-            self.keep(context)
-        for context in contexts:
-            if context.taken is not None:
-                self._path.memory.residuals.setdefault(context.name, context.taken)
-        self._watchdog.forget()
-        self._clear()
+        try:
+            self._path.recall([c.flight for c in contexts if c.flight is not None])
+            for context in waiting:
+                self.keep(context)
+            for context in contexts:
+                if context.taken is not None:
+                    self._path.memory.residuals.setdefault(context.name, context.taken)
+        finally:
+            self._watchdog.forget()
+            self._clear()
 
     def give_up(self, name: str, gradient: Tensor) -> None:
         """The step of an earlier gradient, whose result was never asked for."""

@@ -2103,6 +2103,29 @@ def test_momentum_is_warned_of_once_by_the_first_rank(
     assert advised() == [sparse.advise(optimizer, TopK(density))] * bad
 
 
+@pytest.mark.parametrize("kind", ["whole", "frozen", "failed"])
+def test_after_a_step_nothing_is_awaited(kind):
+    """Or what the user waits for himself would be ended at the deadline."""
+    model = perceptron()
+    compression = compressor(model, timeout_s=4)
+    optimizer = wrap(model, compression)
+    train(model, optimizer, range(2))
+    if kind == "frozen":
+        model.requires_grad_(requires_grad=False)
+        optimizer.zero_grad()
+        optimizer.step()
+    elif kind == "failed":
+        optimizer.zero_grad()
+        loss_of(model, 2).backward()
+        for parameter in model.parameters():
+            parameter.grad.add_(1)
+        with pytest.raises(ValueError, match="its gradient was changed"):
+            optimizer.step()
+    if hvd.rank() == 0:
+        time.sleep(6)  # saves, or evaluates, while its peers wait
+    assert hvd.allreduce(torch.ones(1), op=hvd.Sum, name="saved") == hvd.size()
+
+
 def keeps(compression, before):
     """Every residual is what it was, bit by bit."""
     for name, saved in compression.state_dict()["tensors"].items():

@@ -721,6 +721,22 @@ class Careless:
         return Selection(indices, values.astype(self.values), 0)
 
 
+class Changing(Careless):
+    """Another selection than the right one is handed back."""
+
+    def __init__(self, change):
+        super().__init__(4)
+        self.change = change
+
+    def select(self, residual, gradient, k, step):
+        return self.change(super().select(residual, gradient, k, step))
+
+
+def not_a_number(right):
+    right.values[1] = np.nan
+    return right
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("sparsifier", "message"),
@@ -728,17 +744,42 @@ class Careless:
         (Careless(3), "w: 4 must be selected, got 3"),
         (Careless(4, np.int64), "w: indices must be int32, got int64"),
         (Careless(4, values=np.float64), "w: values must be float32, got float64"),
+        (Changing(tuple), "w: select must return a Selection, got tuple"),
+        (
+            Changing(lambda right: None),
+            "w: select must return a Selection, got NoneType",
+        ),
+        (
+            Changing(lambda right: right._replace(values=right.values.tolist())),
+            "w: values must be an array, got list",
+        ),
+        (
+            Changing(lambda right: right._replace(indices=right.indices[:, None])),
+            r"w: indices must have shape \(k,\), got \(4, 1\)",
+        ),
+        (Changing(not_a_number), "w: values must be finite"),
     ],
-    ids=["count", "dtype of indices", "dtype of values"],
 )
 def test_a_careless_sparsifier_is_named_and_loses_nothing(sparsifier, message):
     gradient = np.arange(1, 9, dtype=np.float32)
     with SparseAllreduce(sparsifier, comm=COMM, dense=Never(), timeout_s=5) as reduce:
         for times in (1, 2):  # nor is it on its way any more
-            with pytest.raises(ValueError, match=message):
+            with pytest.raises((ValueError, TypeError), match=message):
                 reduce.allreduce("w", gradient)
             residual = reduce.state_dict()["tensors"]["w"]["residual"]
             np.testing.assert_array_equal(residual, times * gradient)
+
+
+@pytest.mark.ranks
+def test_a_selection_may_be_a_view_with_gaps():
+    def with_gaps(right):
+        wide = [np.repeat(array, 2)[::2] for array in (right.indices, right.values)]
+        return right._replace(indices=wide[0], values=wide[1])
+
+    gradient = np.arange(1, 9, dtype=np.float32)
+    with SparseAllreduce(Changing(with_gaps), comm=COMM, dense=Never()) as reduce:
+        mean = reduce.allreduce("w", gradient)
+    np.testing.assert_allclose(mean, [1, 2, 3, 4, 0, 0, 0, 0], rtol=1e-6)
 
 
 class Unordered(Careless):

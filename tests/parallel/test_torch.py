@@ -921,6 +921,82 @@ def test_a_rank_that_throws_a_step_away_before_its_exchange_takes_part_in_it(bac
 
 
 @pytest.mark.ranks
+def test_a_closure_that_raises_is_heard_by_the_peers_at_once():
+    weight = nn.Parameter(torch.zeros(40))
+    model = nn.ParameterDict({"weight": weight})
+    optimizer = distribute(torch.optim.SGD([weight], lr=1.0), model)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = weight.sum()
+        loss.backward()
+        if RANK == SIZE - 1:
+            raise ZeroDivisionError("in the loss of this rank")
+        return loss
+
+    alone = RANK == SIZE - 1
+    expected = ZeroDivisionError if alone else sparse.ExchangeError
+    with pytest.raises(expected, match="in the loss of this rank"):
+        optimizer.step(closure)
+    train_one = (weight * 2).sum()
+    optimizer.zero_grad()
+    train_one.backward()
+    optimizer.step()
+    optimizer.close()
+
+
+@pytest.mark.ranks
+def test_a_parameter_may_have_the_name_of_a_loss():
+    weight = nn.Parameter(torch.zeros(4))
+    optimizer = sparse.DistributedOptimizer(
+        torch.optim.SGD([weight], lr=1.0),
+        TopK(1.0),
+        named_parameters=[("(loss)", weight)],
+        comm=COMM,
+        dense=Never(),
+        timeout_s=20,
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (weight * RANK).sum() + RANK
+        loss.backward()
+        return loss
+
+    mean = (SIZE - 1) / 2
+    losses = [float(optimizer.step(closure)) for _ in range(3)]
+    assert losses[0] == pytest.approx(mean)
+    torch.testing.assert_close(weight.detach(), torch.full((4,), -3 * mean))
+    optimizer.close()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("how", ["added", "thawed"])
+def test_a_parameter_that_joins_after_synchronize_is_refused(how):
+    """Its gradient is this rank's alone."""
+    model = nn.ParameterDict({name: nn.Parameter(torch.zeros(4)) for name in "ab"})
+    one, other = model["a"], model["b"]
+    other.requires_grad_(how == "added")
+    held = [one] if how == "added" else [one, other]
+    optimizer = distribute(torch.optim.SGD(held, lr=1.0), model)
+    other_loss = other.sum() * (RANK + 1) if how == "added" else 0
+    (one.sum() + other_loss).backward()
+    optimizer.synchronize()
+    if how == "added":
+        optimizer.add_param_group({"params": [other]})
+    else:
+        other.requires_grad_(True)
+        other.grad = torch.full((4,), RANK + 1.0)
+    with (
+        optimizer.skip_synchronize(),
+        pytest.raises(ValueError, match=r"^b: joined the optimizer, or was thawed"),
+    ):
+        optimizer.step()
+    assert not one.detach().any()
+    optimizer.close()
+
+
+@pytest.mark.ranks
 def test_a_step_that_was_applied_can_not_be_thrown_away():
     """It would be in the weights, and in the residuals again."""
     model = nn.ParameterDict({"weight": nn.Parameter(torch.zeros(40))})

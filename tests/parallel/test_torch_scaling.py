@@ -175,3 +175,24 @@ def test_an_overflow_in_rows_puts_back_what_others_sent(late):
 def test_what_is_no_scaler_is_refused():
     with pytest.raises(TypeError, match=r"scaler must have get_scale\(\), such as"):
         one_parameter(Stochastic(0.1), scaler=1024.0)
+
+
+@pytest.mark.ranks
+def test_a_step_that_is_left_out_comes_back_with_undo():
+    """What was applied and what waits are all that was not left out."""
+    scaler = scaled.make_scaler(growth_interval=100)
+    parameter, optimizer = one_parameter(scaler=scaler, undo=True)
+    scaled.leave_out(optimizer, parameter, scaler, bad=(3,))
+    waiting = (
+        optimizer.residual_state_dict()["tensors"]["w"]["residual"] / scaler.get_scale()
+    )
+    good = sum(torch.arange(40.0) - 17 * step for step in range(6) if step != 3)
+    torch.testing.assert_close(waiting - parameter.detach(), good)
+
+
+@pytest.mark.ranks
+def test_a_step_that_is_left_out_is_warned_of_without_undo():
+    scaler = scaled.make_scaler()
+    parameter, optimizer = one_parameter(scaler=scaler)
+    with pytest.warns(UserWarning, match="give undo=True"):
+        scaled.leave_out(optimizer, parameter, scaler, bad=(3,))
