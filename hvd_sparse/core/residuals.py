@@ -213,5 +213,6 @@ def _check_loaded(
             f"{name}: state has shape {found[0]} and dtype {found[1]}, expected "
             f"{shape} and {dtype}"
         )
-    if saved["residual"] is not None and not is_finite(saved["residual"]):
+    residual = saved["residual"]
+    if residual is not None and not is_finite(np.asarray(residual)):
         raise ValueError(f"{name}: state has a residual that is not finite")
