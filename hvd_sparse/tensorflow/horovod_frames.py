@@ -13,7 +13,8 @@ Of Horovod 0.28.1, between compress and its caller, under AutoGraph tf__...:
     compute_gradients and the like         self, an optimizer with _allreduce_grads
 
 Over plain MPI two things are found the same way: the LossScaleOptimizer that calls the
-optimizer inside it, and that it is for a file that Keras asks for a configuration.
+optimizer inside it, and that it is for a file or a copy that Keras asks for a
+configuration.
 
 Of frames of other names nothing is read: a frame whose locals are looked at keeps all
 of them alive until it returns, and users' frames hold models and data.
@@ -35,6 +36,7 @@ _ALLREDUCE = {"allreduce", "grouped_allreduce"}
 _APPLY = {"apply", "apply_gradients", "_apply_gradients"}
 _SAVE = {"save_model", "save_model_to_hdf5", "model_metadata"}
 _HUSHED = {"_trackable_children"}  # asks too, and lets no warning out
+_SERIALIZE = {"serialize_keras_object"}
 _METHODS = {"compute_gradients", "_compute_gradients", "get_gradients"}
 
 
@@ -112,6 +114,11 @@ def is_saving() -> bool:
     """Whether Keras saves a model in this thread, in any of its formats."""
     names = {name for name, _ in _frames(1)}
     return bool(names & _SAVE) and not names & _HUSHED
+
+
+def is_serializing() -> bool:
+    """Whether Keras makes a description in this thread, for a file or for a copy."""
+    return any(name in _SERIALIZE for name, _ in _frames(1))
 
 
 def _frames(depth: int) -> Iterator[tuple[str, FrameType]]:

@@ -1,9 +1,10 @@
-"""Loading by Keras's own load_model says that an optimizer is not distributed any more.
+"""What Keras makes of a description says that it is not distributed any more.
 
-In the file it is the plain one, so that whoever has Keras can load it. That it was
-distributed is in the only part of its configuration that every Keras takes and none
-uses: its name. Keras has no hook for what is loaded, so `from_config` of its base class
-looks for the mark, in processes that have imported this package.
+In a file, or in what `serialize` and `get_compile_config` return, an optimizer is the
+plain one, so that whoever has Keras can make it again. That it was distributed is in
+the only part of its configuration that every Keras takes and none uses: its name. Keras
+has no hook for what it makes, so `from_config` of its base class looks for the mark, in
+processes that have imported this package.
 """
 
 import contextlib
@@ -16,16 +17,16 @@ from typing import Any
 import tensorflow as tf
 
 _MARK = "_distributed_by_hvd_sparse"
-_LOADED = (
-    "the optimizer of the loaded model was distributed and is not any more: load the "
-    "model by hvd_sparse.tensorflow.load_model(path, sparsifier), or give its "
-    "optimizer to DistributedOptimizer again, or ranks will train by themselves"
+_MADE = (
+    "the optimizer that was loaded or copied was distributed and is not any more: load "
+    "its model by hvd_sparse.tensorflow.load_model(path, sparsifier), or give it to "
+    "DistributedOptimizer again, or ranks will train by themselves"
 )
 _expected: ContextVar[bool] = ContextVar("expected", default=False)
 
 
 def marked(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of an optimizer, as it goes into a file."""
+    """The configuration of an optimizer, as it goes into a file or to a copy."""
     if "inner_optimizer" in config:  # a LossScaleOptimizer, which may have no name
         inner = config["inner_optimizer"]
         return {
@@ -64,7 +65,7 @@ def _watch(base: Any) -> None:
         if name.endswith(_MARK):
             config = {**config, "name": name.removesuffix(_MARK)}
             if not _expected.get():
-                warnings.warn(_LOADED, stacklevel=2)
+                warnings.warn(_MADE, stacklevel=2)
         return plain(cls, config, *arguments, **options)
 
     base.from_config = classmethod(from_config)

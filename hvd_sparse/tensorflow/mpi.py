@@ -20,7 +20,7 @@ from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.mpi import SparseAllreduce
 from hvd_sparse.tensorflow.gradients import Gradients
-from hvd_sparse.tensorflow.horovod_frames import is_saving
+from hvd_sparse.tensorflow.horovod_frames import is_saving, is_serializing
 from hvd_sparse.tensorflow.loss_scales import (
     check_scale,
     refuse_outside,
@@ -298,12 +298,11 @@ class _Distributed:
     def get_config(self) -> Any:
         """The optimizer's own; it does not say how to distribute a copy."""
         config: Any = super().get_config()  # type: ignore[misc]
-        if not is_saving():
-            return config
-        if not self._warned:
+        saving = is_saving()
+        if saving and not self._warned:
             object.__setattr__(self, "_warned", True)
             warnings.warn(_SAVED, stacklevel=2)
-        return marked(config)
+        return marked(config) if saving or is_serializing() else config
 
     def _see_built(self) -> None:
         """Variables that it was built with have an order that all ranks know."""

@@ -111,6 +111,12 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
     return distributed
 
 
+_COPIED = (
+    "an optimizer that was copied or loaded was distributed and is not any more: give "
+    "it to DistributedOptimizer again, or ranks will train by themselves"
+)
+
+
 class _Distributed:
     """What DistributedOptimizer adds, in front of the optimizer's own class."""
 
@@ -305,7 +311,8 @@ class _Distributed:
 
 
 def _blank(kind: Any) -> Any:
-    """An object that its state is still to be given to."""
+    """A copy whose state is still to come."""
+    warnings.warn(_COPIED, stacklevel=2)
     return kind.__new__(kind)
 
 

@@ -545,7 +545,7 @@ def test_a_saved_model_comes_back_distributed_and_saving_says_how(tmp_path, exte
 
     options = {"comm": COMM, "dense": Never(), "timeout_s": 20}
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "the optimizer of the loaded model")
+        warnings.filterwarnings("error", "the optimizer that was loaded")
         loaded = sparse.load_model(path, TopK(0.05), **options)
     assert type(loaded.optimizer).__name__ == "Adam"
     loaded.optimizer.load_residual_state_dict(state)
@@ -589,6 +589,54 @@ def test_loading_says_nothing_of_a_model_that_was_not_distributed(tmp_path, exte
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "the optimizer")
         tf.keras.models.load_model(path)
+
+
+def by_serialize(model):
+    return tf.keras.optimizers.deserialize(
+        tf.keras.optimizers.serialize(model.optimizer)
+    )
+
+
+def by_get(model):
+    return tf.keras.optimizers.get(tf.keras.optimizers.serialize(model.optimizer))
+
+
+def by_compile_config(model):
+    copy = perceptron()
+    copy.compile_from_config(model.get_compile_config())
+    return copy.optimizer
+
+
+COPIES = [by_serialize, by_get, by_compile_config]
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_copy_that_keras_makes_says_that_it_is_not_distributed(copied, scaled):
+    model, optimizer = perceptron(), optimizer_of("Adam")
+    if scaled:
+        optimizer = scaled_optimizer(optimizer, initial_scale=2.0)
+    distributed = distribute(optimizer)
+    model.compile(distributed, "mse", jit_compile=False)
+    with pytest.warns(UserWarning, match=r"copied was distributed and is not any more"):
+        copy = copied(model)
+    assert not hasattr(copy, "traffic")
+    named = [getattr(o, "inner_optimizer", o) for o in (copy, distributed)]
+    assert named[0].get_config()["name"] == named[1].get_config()["name"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the optimizer")
+        again = distribute(copy)  # nothing more to say
+    again.close()
+    distributed.close()
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_a_copy_of_a_plain_optimizer_says_nothing(copied):
+    model = perceptron()
+    model.compile(optimizer_of("Adam"), "mse", jit_compile=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the optimizer")
+        copied(model)
 
 
 def test_a_model_without_an_optimizer_is_refused_by_name(tmp_path):

@@ -794,11 +794,14 @@ def test_what_is_unused_after_a_restart_is_still_part_of_the_state(route):
     optimizer.close()
 
 
-def test_copies_and_pickles_are_of_the_plain_class():
+def test_copies_and_pickles_are_of_the_plain_class_and_say_so():
     model = perceptron()
     optimizer = distribute(sgd(model), model)
     train(model, optimizer, [0])
-    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+    pickled = pickle.dumps(optimizer)
+    for copying in (copy.copy, copy.deepcopy, lambda _: pickle.loads(pickled)):
+        with pytest.warns(UserWarning, match="was distributed and is not any more"):
+            copied = copying(optimizer)
         assert type(copied) is torch.optim.SGD
         assert (
             copied.state_dict()["param_groups"]

@@ -438,6 +438,7 @@ def saved_and_loaded(module):
     return torch.load(file, weights_only=False)
 
 
+@pytest.mark.filterwarnings("ignore:.*was distributed and is not any more")
 @pytest.mark.parametrize("how", [copy.deepcopy, saved_and_loaded])
 def test_a_model_that_holds_its_optimizer_can_be_copied(how):
     model = Holding()
