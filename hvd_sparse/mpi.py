@@ -320,8 +320,8 @@ class SparseAllreduce:
                 for n, h in self._handles.items()
             }
             if unless(outs):
-                self._path.recall(self._flights)
-        self._path.settle(self._flights)  # all have arrived
+                self._path.roll_back(self._flights)
+        self._path.commit(self._flights)  # all have arrived
         self._count()
         self._exchange.clear()
         self._flights, self._under_way = [], False
@@ -358,7 +358,7 @@ class SparseAllreduce:
             raise
 
     def _recall(self) -> None:
-        self._path.recall(self._flights)
+        self._path.roll_back(self._flights)
         for flight in self._flights:
             name = flight.tensor.name
             if name in self._in_place and not flight.tensor.dense:

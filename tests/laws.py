@@ -27,7 +27,7 @@ from hvd_sparse import (
 )
 from hvd_sparse.core.contracts import Located
 from hvd_sparse.core.flight import Flight
-from hvd_sparse.core.formats import Sign
+from hvd_sparse.core.formats import Float32, Sign, ValuesOnly
 from hvd_sparse.core.frame import Frame
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.payload import decode
@@ -41,6 +41,11 @@ try:
     from hvd_sparse.kernels import device
 except ModuleNotFoundError:  # then tables have no rows of torch: launch/test --keras3
     torch = None
+
+# ---------------------------------------------------------------------- formats
+
+FORMATS = {form.layout: form for form in (Float32(), ValuesOnly(), Sign())}
+
 
 # ---------------------------------------------------------------------- arrays
 

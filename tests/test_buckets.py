@@ -174,7 +174,7 @@ def test_a_gradient_that_is_kept_is_sent_with_the_next_one(
     path = Ranks(1, TopK(0.05)).paths[0]
     path.keep(name, first)
     added = [g.astype(np.promote_types(dtype, np.float32)) for g in (first, second)]
-    path.recall([send(path, second, name)])
+    path.roll_back([send(path, second, name)])
     same_bits(path.memory.residuals[name], (added[0] + added[1]).reshape(-1))
 
 
@@ -187,7 +187,7 @@ def test_what_was_given_up_stays_when_the_next_gradient_is_thrown_away(
     first, second = (several(step, 0)["c"] for step in range(2))
     path.begin()
     if gives_up == "after":
-        path.recall([send(path, first)])
+        path.roll_back([send(path, first)])
     else:
         path.keep("w", first)
     path.receive([send(path, second)], [np.empty_like(second)])

@@ -19,7 +19,7 @@ def payload(k: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng([k, seed])
     values = rng.standard_normal(k).astype(np.float32)
     indices = np.arange(k, dtype=np.int32)
-    header = Header(Float32().layout, "float32", 1000, k, 5, digest=k)
+    header = Header(Float32(), "float32", 1000, k, 5, digest=k)
     return Frame([("w", encode(Selection(indices, values, 0), header)[0])]).bytes()
 
 

@@ -1,11 +1,22 @@
 """`values=`: how values travel, whatever selects them."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
-from laws import AFFINE, DTYPES, Ranks, TakesTurns, loopback, same_bits, send, wide
+from laws import (
+    AFFINE,
+    DTYPES,
+    FORMATS,
+    Ranks,
+    TakesTurns,
+    loopback,
+    same_bits,
+    send,
+    wide,
+)
 
 from hvd_sparse import (
     CAT,
@@ -16,10 +27,11 @@ from hvd_sparse import (
     Sign,
     SignTopK,
     Stochastic,
+    Sum,
     Threshold,
     TopK,
 )
-from hvd_sparse.core.formats import FORMATS, ValuesOnly
+from hvd_sparse.core.formats import ValuesOnly, is_plain, offsets
 from hvd_sparse.core.path import GradientPath
 
 RANKS = 3
@@ -101,6 +113,77 @@ def test_what_is_no_format_is_refused(values: Any) -> None:
     [exchange] = loopback(1)
     with pytest.raises(TypeError, match=r"^values must be Float32\(\) or Sign\(\)"):
         GradientPath(TopK(0.1), exchange, values=values)
+
+
+@dataclass(frozen=True)
+class Halves:
+    """A user's own: float16 values, then indices; `wrong` is what it gets wrong."""
+
+    wrong: str = ""
+    layout = 201
+
+    def bytes(self, k: Any, dtype: str) -> Any:
+        return 6 * k
+
+    def most(self, size: Any, dtype: str) -> Any:
+        return size // 6 - (self.wrong == "most")
+
+    def write(self, out: Any, indices: Any, values: Any) -> Any:
+        rounded = values.astype(np.float16)
+        out[: rounded.nbytes] = rounded.view(np.uint8)
+        out[rounded.nbytes :] = indices.view(np.uint8)
+        return values if self.wrong == "rounding" else rounded.astype(values.dtype)
+
+    def read(self, data: Any, k: int, dtype: str) -> Any:
+        kind = np.float64 if dtype == "float64" else np.float32
+        if self.wrong == "dtype":
+            kind = np.float16
+        if self.wrong == "later" and k not in (0, 3):
+            k -= 1
+        values = data[: 2 * k].view(np.float16).astype(kind)
+        if self.wrong == "list":
+            return [2, 3, 65_536], values
+        return data[2 * k :][: 4 * k].copy().view(np.int32), values
+
+    def without_indices(self) -> Any:
+        raise ValueError("values=Halves() needs indices that travel")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("most", r"18 bytes of 3 entries must have room for 3, got 2"),
+        ("rounding", r"read must give the values that were written, expected .*got"),
+        ("dtype", r"read must give the values that were written, .*float16"),
+        ("list", r"read must give the indices that were written, .*\[2, 3, 65536\]"),
+    ],
+)
+def test_a_format_that_breaks_its_promises_is_refused(wrong: str, said: str) -> None:
+    [exchange] = loopback(1)
+    with pytest.raises(ValueError, match=said):
+        GradientPath(TopK(0.1), exchange, values=Halves(wrong))
+
+
+def test_a_format_that_reads_too_few_entries_is_found_out() -> None:
+    ranks = Ranks(RANKS, TopK(0.1), values=Halves("later"))
+    with pytest.raises(PayloadError, match=r"read must give 30 entries"):
+        ranks.step([g.round() + np.float32(0.001) for g in gradients("float32")])
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("sparsifier", [TopK(0.1), Threshold(0.5)], ids=repr)
+def test_a_format_of_ones_own_loses_nothing(sparsifier: Any, dtype: str) -> None:
+    """Small whole numbers and halves of them: sums are exact in every dtype."""
+    ranks = Ranks(RANKS, sparsifier, op=Sum, values=Halves())
+    given = [np.arange(N) % 7 * 0.5 - rank for rank in range(RANKS)]
+    given = [array.astype(DTYPES[dtype]) for array in given]
+    total = np.zeros(N)
+    for _ in range(STEPS):
+        total += np.asarray(ranks.step(given)[0], np.float64)
+    for residual in ranks.residuals():
+        total += residual
+    expected = STEPS * sum(array.astype(np.float64) for array in given)
+    np.testing.assert_array_equal(total, expected)
 
 
 class Mixed(RandomK):
@@ -185,9 +268,10 @@ def test_formats_keep_their_promises(form: Format, dtype: str) -> None:
         if form != ValuesOnly():  # of which every rank knows them
             same_bits(found_indices, indices)
         assert form.most(out.size, dtype) == k
-        if (offsets := form.offsets(k, dtype)) is not None:
-            assert out[offsets[0] :][: 4 * k].tobytes() == indices.tobytes()
-            assert out[offsets[1] :][: values.nbytes].tobytes() == values.tobytes()
+        if is_plain(form):
+            indices_at, values_at = offsets(k, dtype)
+            assert out[indices_at:][: 4 * k].tobytes() == indices.tobytes()
+            assert out[values_at:][: values.nbytes].tobytes() == values.tobytes()
     assert form.most(form.bytes(0, dtype) - 1, dtype) < 0
 
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from laws import FORMATS
 
 from hvd_sparse import PayloadError, Selection
 from hvd_sparse.core import frame as module
 from hvd_sparse.core.contracts import RaisedError
-from hvd_sparse.core.formats import FORMATS, Float32
+from hvd_sparse.core.formats import Float32, ValuesOnly
 from hvd_sparse.core.frame import (
     HEAD_BYTES,
     Frame,
@@ -48,7 +49,7 @@ Named = tuple[str, Payload]
 
 def header(place: int, layout: int, dtype: str, k: int, varies: bool) -> Header:
     digest = crc32(repr((place, layout, dtype, k, varies)).encode()) * 0x9E3779B9
-    return Header(layout, dtype, 300 + place, k, 7, digest, varies)
+    return Header(FORMATS[layout], dtype, 300 + place, k, 7, digest, varies)
 
 
 HEADERS = st.lists(
@@ -181,7 +182,8 @@ def test_layouts_that_are_remembered_take_bounded_memory() -> None:
 def stored_frame(stored: dict[str, Any]) -> Frame:
     sent = []
     for tensor in stored["tensors"]:
-        own = Header(**tensor["header"])
+        known = dict(tensor["header"])
+        own = Header(FORMATS[known.pop("layout")], **known)
         values = [float.fromhex(value) for value in tensor["values"]]
         indices = np.array(tensor["indices"], np.int32)
         chosen = Selection(indices, np.array(values, own.wide), tensor["nonfinite"])
@@ -199,7 +201,7 @@ def test_stored_bytes_are_read_and_written_as_ever(stored: dict[str, Any]) -> No
         [found] = received.payloads(place)
         assert found is not None
         assert found.nonfinite == bool(tensor["nonfinite"])
-        indices = [] if found.header.layout == 2 else tensor["indices"]
+        indices = [] if found.header.form == ValuesOnly() else tensor["indices"]
         assert decode(found).indices.tolist() == indices
 
 
@@ -227,9 +229,9 @@ def test_what_release_0_1_0_sends_is_refused_with_both_versions(
 
 # ------------------------------------------------------------------ damage
 
-GOOD = Header(Float32.layout, "float32", n=100, k=3, step=7, digest=2**63 + 5)
+GOOD = Header(Float32(), "float32", n=100, k=3, step=7, digest=2**63 + 5)
 VARIES = GOOD._replace(varies=True, digest=2**63 + 6)
-OTHER = Header(Float32.layout, "float64", n=90, k=2, step=7, digest=2**62 + 77)
+OTHER = Header(Float32(), "float64", n=90, k=2, step=7, digest=2**62 + 77)
 
 
 def damaged(headers: Sequence[Header], offset: int, form: str, value: Any) -> Received:

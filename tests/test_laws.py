@@ -583,7 +583,7 @@ def test_a_state_of_the_middle_of_a_step_has_what_is_on_its_way(
         as_numpy(saved["residual"]), gradient.astype(wide(dtype)), rtol=1e-6
     )
     assert saved["step"] == 0
-    path.recall([flight])  # as when the exchange fails
+    path.roll_back([flight])  # as when the exchange fails
     same_bits(path.memory.residuals["w"].reshape(4, 5), saved["residual"])
 
 
@@ -852,7 +852,7 @@ def test_a_recalled_sending_leaves_nothing_lost(
     path, gradient = ranks.paths[0], kind.make(dtype, 1)
     flight = send(path, kernels.array(gradient))
     ranks.sent = [on_the_wire(path, flight)]
-    path.recall([flight])
+    path.roll_back([flight])
     assert_kept(ranks, 0, accumulated(before, gradient))
 
 

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from laws import FORMATS
 
 from hvd_sparse import Selection
 from hvd_sparse.core.contracts import Format
-from hvd_sparse.core.formats import FORMATS, Float32, Sign, ValuesOnly, mean_magnitude
+from hvd_sparse.core.formats import Float32, Sign, ValuesOnly, mean_magnitude
 from hvd_sparse.core.payload import (
     DTYPES,
     Header,
@@ -20,7 +21,7 @@ from hvd_sparse.core.payload import (
 
 HEADERS = st.builds(
     Header,
-    layout=st.sampled_from([*FORMATS]),
+    form=st.sampled_from([*FORMATS.values()]),
     dtype=st.sampled_from(sorted(DTYPES)),
     n=st.integers(200, 2**31 - 1),
     k=st.integers(0, 200),
@@ -39,8 +40,8 @@ def selected(header: Header, nonfinite: int = 0) -> Selection:
     return Selection(indices.astype(np.int32), values, nonfinite)
 
 
-def assert_holds(found: Selection, expected: Selection, layout: int) -> None:
-    indices = expected.indices[:0] if layout == ValuesOnly.layout else expected.indices
+def assert_holds(found: Selection, expected: Selection, form: Format) -> None:
+    indices = expected.indices[:0] if form == ValuesOnly() else expected.indices
     assert found.indices.dtype == np.int32
     assert found.values.dtype == expected.values.dtype
     assert found.indices.tobytes() == indices.tobytes()
@@ -52,10 +53,10 @@ def assert_holds(found: Selection, expected: Selection, layout: int) -> None:
 def test_what_is_decoded_is_what_was_encoded(header: Header, nonfinite: int) -> None:
     selection = selected(header, nonfinite)
     payload, sent = encode(selection, header)
-    assert (sent is selection.values) == (header.layout != Sign.layout)  # else rounded
+    assert (sent is selection.values) == (header.form != Sign())  # else rounded
     received = selection._replace(values=sent)
     assert (payload.header, payload.k) == (header, header.k)
-    assert_holds(decode(payload), received, header.layout)
+    assert_holds(decode(payload), received, header.form)
 
 
 @given(HEADERS)
@@ -66,17 +67,17 @@ def test_sizes_follow_from_k_alone_and_are_multiples_of_8(header: Header) -> Non
         Float32.layout: header.k * (value + 4),
         ValuesOnly.layout: header.k * value,
         Sign.layout: value + header.k * 4,
-    }[header.layout]
+    }[header.form.layout]
     assert entries_of.dtype == np.uint8
     assert entries_of.size % 8 == 0
     assert 0 <= entries_of.size - entries < 8
-    asked = FORMATS[header.layout], header.dtype, header.k
+    asked = header.form, header.dtype, header.k
     assert entries_of.size == entry_bytes(*asked) == payload_bytes(*asked) - 32
     assert not entries_of[entries:].any()
 
 
 def test_the_memory_of_an_old_payload_serves_again() -> None:
-    header = Header(Float32.layout, "float32", n=100, k=5, step=1, digest=2)
+    header = Header(Float32(), "float32", n=100, k=5, step=1, digest=2)
     old, _ = encode(selected(header), header)
     new, _ = encode(selected(header)._replace(nonfinite=1), header, old)
     assert new.entries is old.entries
@@ -101,11 +102,11 @@ def test_most_elements_is_the_most_that_fit(
 def test_signs_and_their_mean_magnitude_are_what_travels() -> None:
     values = np.array([3.0, -1.0, -0.0, 0.0, -6.0], np.float32)
     selection = Selection(np.array([0, 7, 8, 9, 99], np.int32), values, 0)
-    header = Header(Sign.layout, "float32", n=100, k=5, step=1, digest=2)
+    header = Header(Sign(), "float32", n=100, k=5, step=1, digest=2)
     payload, sent = encode(selection, header)
     assert sent.tolist() == [2, -2, -2, 2, -2]
     assert payload.entries.size == 4 + 5 * 4
-    assert_holds(decode(payload), selection._replace(values=sent), Sign.layout)
+    assert_holds(decode(payload), selection._replace(values=sent), Sign())
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

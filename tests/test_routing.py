@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from laws import DTYPES, Ranks
+from laws import DTYPES, FORMATS, Ranks
 
 from hvd_sparse import (
     Never,
@@ -18,7 +18,6 @@ from hvd_sparse import (
     WhenCheaper,
 )
 from hvd_sparse.core.contracts import Format
-from hvd_sparse.core.formats import FORMATS
 from hvd_sparse.core.payload import payload_bytes
 
 FORMS = st.sampled_from([*FORMATS.values()])

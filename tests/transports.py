@@ -78,7 +78,7 @@ def payload(rank: int, place: int, k: int, most: int | None = None) -> Payload:
     values = random.standard_normal(k).astype(np.float32)
     varies, known = most is not None, k if most is None else most
     digest = 1 + place + 1000 * known + 10**6 * varies
-    header = Header(Float32.layout, "float32", N, known, 0, digest, varies)
+    header = Header(Float32(), "float32", N, known, 0, digest, varies)
     return encode(Selection(indices, values, 0), header)[0]
 
 

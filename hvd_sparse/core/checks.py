@@ -3,8 +3,9 @@
 import numpy as np
 
 from hvd_sparse.core.contracts import Array, Selection
+from hvd_sparse.core.flight import Tensor
 from hvd_sparse.core.loss_scale import is_finite
-from hvd_sparse.core.plan import Tensor, dtype_of
+from hvd_sparse.core.plan import dtype_of
 from hvd_sparse.kernels.reference import check_indices
 
 

@@ -240,7 +240,7 @@ class Format(Protocol):
     """Which bytes the entries of a payload become, and how many for k of them.
 
     Attributes:
-        layout: its number, which ranks agree on.
+        layout: its number, which ranks agree on; from 128 on for your own.
     """
 
     @property
@@ -264,10 +264,6 @@ class Format(Protocol):
 
     def read(self, data: Array, k: int, dtype: str) -> tuple[Array, Array]:
         """Of k entries: (k,) int32 indices, none if they did not travel, and values."""
-        ...
-
-    def offsets(self, k: int, dtype: str) -> tuple[int, int] | None:
-        """Where in the bytes indices and values lie as plain arrays; None if packed."""
         ...
 
     def without_indices(self) -> "Format":

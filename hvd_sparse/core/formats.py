@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvd_sparse.core.contracts import Array, Format
+from hvd_sparse.core.contracts import Array, Format, offers
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -64,10 +64,6 @@ class Float32:
         end = k * value_bytes(dtype)
         return data[end:].view(_INDEX), data[:end].view(_VALUES[value_bytes(dtype)])
 
-    def offsets(self, k: Any, dtype: str) -> tuple[Any, Any]:
-        """Where indices begin, and where values do."""
-        return k * value_bytes(dtype), 0 * k
-
     def without_indices(self) -> "ValuesOnly":
         """The same where every rank knows them."""
         return ValuesOnly()
@@ -97,9 +93,6 @@ class ValuesOnly:
         """No indices, and a view of the bytes: (k,) values."""
         del k
         return np.empty(0, _INDEX), data.view(_VALUES[value_bytes(dtype)])
-
-    def offsets(self, k: Any, dtype: str) -> None:
-        """There are no indices for kernels to write."""
 
     def without_indices(self) -> "ValuesOnly":
         """This."""
@@ -149,9 +142,6 @@ class Sign:
         np.negative(values, out=values, where=words >= _SIGN)
         return (words & ~_SIGN).view(np.int32), values
 
-    def offsets(self, k: Any, dtype: str) -> None:
-        """Entries are packed: kernels can not write them one by one."""
-
     def without_indices(self) -> Format:
         """Refused: signs travel in the words of indices.
 
@@ -164,8 +154,65 @@ class Sign:
         )
 
 
-Values = Float32 | Sign  # what a user chooses from
-FORMATS: dict[int, Format] = {f.layout: f for f in (Float32(), ValuesOnly(), Sign())}
+Values = Format  # what a user chooses from, or writes
+
+
+def is_plain(form: Format) -> bool:
+    """Whether kernels may write and read its entries, at their `offsets`."""
+    return type(form) is Float32
+
+
+def offsets(k: int, dtype: str) -> tuple[int, int]:
+    """Where indices begin, and where values do, in the bytes of plain entries."""
+    return k * value_bytes(dtype), 0
+
+
+def check_format(form: Any) -> None:
+    """Refuse what is no format, or does not give back what it was given.
+
+    Raises:
+        TypeError: a method is missing.
+        ValueError: for three entries it breaks a promise of `Format`.
+    """
+    if isinstance(form, type) or not offers(form, Format):
+        raise TypeError(
+            "values must be Float32() or Sign(), or have all methods of a Format, "
+            f"got {form!r}"
+        )
+    for dtype, wide in (("float32", np.float32), ("float64", np.float64)):
+        size = form.bytes(3, dtype)
+        if form.most(size, dtype) < 3:
+            raise ValueError(
+                f"{form!r}: {size} bytes of 3 entries must have room for 3, got "
+                f"{form.most(size, dtype)}"
+            )
+        indices = np.array([2, 3, 65_536], np.int32)
+        sent, found = _there_and_back(form, indices, np.array([3.1, -1, 1e-3], wide))
+        for what, one, other in (
+            ("indices", indices, found[0]),
+            ("values", sent, found[1]),
+        ):
+            if not _alike(one, other):
+                raise ValueError(
+                    f"{form!r}: read must give the {what} that were written, "
+                    f"expected {one!r}, got {other!r}"
+                )
+
+
+def _there_and_back(
+    form: Format, indices: Array, values: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    """What it says that a receiver reads, and what a receiver reads."""
+    k, dtype = len(values), str(values.dtype)
+    out = np.zeros(form.bytes(k, dtype), np.uint8)
+    return form.write(out, indices, values), form.read(out, k, dtype)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether both are arrays of one dtype, and of the same numbers."""
+    if not (isinstance(one, np.ndarray) and isinstance(other, np.ndarray)):
+        return False
+    return one.dtype == other.dtype and np.array_equal(one, other)
 
 
 def mean_magnitude(values: Array) -> Array:

@@ -11,6 +11,7 @@ import numpy as np
 
 from hvd_sparse.core.contracts import Array, Exchange, Memory, PayloadError
 from hvd_sparse.core.flight import Flight
+from hvd_sparse.core.formats import offsets
 from hvd_sparse.core.payload import Bytes, Header, Payload, entry_bytes
 from hvd_sparse.kernels import host
 
@@ -46,7 +47,7 @@ class Fused:
             header = tensor.header
             tensor.payload = Payload(header, header.k, bool(wrong), part)
             tensor.chosen = header.k
-            flight.accumulated = tensor.in_flight = True
+            flight.depart()
 
     def aggregate(self, group: Sequence[Pair], scale: float) -> Sequence[int] | None:
         """Sum up what has arrived into the results.
@@ -123,9 +124,8 @@ class _Room:
 
 
 def _places(header: Header) -> tuple[int, int, int]:
-    offsets = header.form.offsets(header.k, header.dtype)
-    assert offsets is not None, "only of plain entries"
-    return (*offsets, header.k)
+    indices_at, values_at = offsets(header.k, header.dtype)
+    return indices_at, values_at, header.k
 
 
 def alike(pairs: Iterable[Pair]) -> list[list[Pair]]:

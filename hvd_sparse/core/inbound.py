@@ -47,6 +47,7 @@ class Inbound:
                 self._hand_back_dense(flight, out)
             elif id(flight) not in arrived:
                 self._hand_back_sparse(flight, out)
+            flight.arrive()
 
     def _together(self, bucket: Sequence[Pair]) -> set[int]:
         """Those that kernels can sum up in one call; by their id."""
@@ -66,7 +67,7 @@ class Inbound:
         payloads = self._decode(flight)
         if any(payload.nonfinite for payload in payloads):
             # nobody applies anything, so everybody keeps what they sent
-            flight.recall(self._memory)
+            flight.roll_back(self._memory)
             self._scaling.overflowed = self._scaling.is_used
             out[...] = float("nan")
         else:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from hvd_sparse.core.contracts import Array, Memory, Scaler, offers
-from hvd_sparse.core.flight import last_sent
+from hvd_sparse.core.flight import Phase
 from hvd_sparse.core.plan import Plan
 
 
@@ -52,7 +52,7 @@ class LossScale:
         self.put_back()
         self.overflowed = False
         for tensor in self._plan.tensors.values():
-            tensor.delivered = False
+            tensor.flight = None
         scale = self._ask()
         if scale != self._plan.loss_scale:
             self._follow(scale, waiting)
@@ -68,15 +68,14 @@ class LossScale:
     def put_back(self) -> None:
         """Where a result overflowed nobody applies the step: all keep what they sent.
 
-        Of a tensor that is flagged the path does so at once; others were delivered.
+        Of a tensor that is flagged the path does so at once; others count already.
         """
         if not self.overflowed:
             return
         for tensor in self._plan.tensors.values():
-            if tensor.delivered:
-                sent = last_sent(tensor)
-                self._memory.restore(tensor.name, sent.indices, sent.values)
-                tensor.delivered = False
+            flight = tensor.flight
+            if flight is not None and flight.phase is Phase.DONE:
+                flight.put_back(self._memory)
 
     def look_at(self, out: Array, values: list[Array] | None = None) -> None:
         """Note whether a result overflowed.

@@ -8,10 +8,9 @@ import numpy as np
 
 from hvd_sparse.core.checks import check_selection
 from hvd_sparse.core.contracts import Array, Exchange, Memory, Selection
-from hvd_sparse.core.flight import Flight
+from hvd_sparse.core.flight import Flight, Phase, Tensor
 from hvd_sparse.core.fused import Fused, Pair, alike
 from hvd_sparse.core.payload import Payload, encode
-from hvd_sparse.core.plan import Tensor
 
 _CACHED = 1 << 16  # elements, below which another pass over a gradient costs little
 
@@ -35,7 +34,7 @@ class Outbound:
         for group in alike(pair for pair in bucket if _may_join(*pair, in_place)):
             self._fused.select(group)
         for flight, gradient in bucket:
-            if not (flight.accumulated or flight.tensor.dense):
+            if flight.phase is Phase.FILLING and not flight.tensor.dense:
                 free = flight.tensor.name in in_place
                 self._select(flight, gradient, in_place=free)
 
@@ -45,17 +44,17 @@ class Outbound:
         residual = self._memory.residual(tensor.name, gradient)
         if tensor.trusted:
             flight.cleared = in_place and tensor.clears and is_flat(gradient)
-            flight.accumulated = True
+            flight.phase = Phase.FAILED  # if what follows fails, it is in the residual
             out = flat if flight.cleared else None
             selection = tensor.select(residual, flat, out)
         else:
             selection = _select_by_users(tensor, residual, flat)
-            flight.accumulated = True
+            flight.phase = Phase.FAILED  # if what follows fails, as above
         tensor.chosen = selection.indices.shape[0]
         tensor.payload = self._encode(tensor, selection)
-        tensor.in_flight = True
         if tensor.unindexed:
             flight.indices = selection.indices
+        flight.depart()
 
     def _encode(self, tensor: Tensor, selection: Selection) -> Payload:
         """Its payload; from here on what was selected is in there, or back again."""
@@ -76,6 +75,7 @@ class Outbound:
             tensor = flight.tensor
             if tensor.dense:
                 flight.handle = exchange.start_dense(tensor.name, _flat(gradient))
+                flight.depart()
             else:
                 flight.handle = exchange.start(tensor.name, tensor.payload)
 
@@ -83,10 +83,10 @@ class Outbound:
         """The bucket does not leave: all that goes sparse waits in the residuals."""
         for flight, gradient in bucket:
             tensor = flight.tensor
-            flight.recall(self._memory)
+            flight.roll_back(self._memory)
             if tensor.dense:
                 continue
-            if not flight.accumulated:
+            if flight.phase is Phase.FILLING:
                 self._memory.accumulate(tensor.name, _flat(gradient))
             if tensor.name in in_place:
                 gradient[...] = 0

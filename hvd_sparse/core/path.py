@@ -14,7 +14,7 @@ bytes are carried by the `Exchange` it was given.
 | what ranks decide alike: route, format, k, digest | `plan` |
 | one gradient on its way | `flight` |
 | what was not sent | `memory`; saved, loaded, thrown away: `residuals`, `undo` |
-| gradients that are multiplied with a loss scale | `scaling` |
+| gradients that are multiplied with a loss scale | `loss_scale` |
 
 One path serves one group of ranks. A peer that disagrees becomes a `PayloadError`
 before its data is used.
@@ -30,14 +30,14 @@ from hvd_sparse.core.contracts import (
     PayloadError,
     Sparsifier,
 )
-from hvd_sparse.core.flight import Flight
+from hvd_sparse.core.flight import Flight, Phase, Tensor
 from hvd_sparse.core.formats import Values
 from hvd_sparse.core.fused import Fused
 from hvd_sparse.core.inbound import Inbound
 from hvd_sparse.core.loss_scale import LossScale
 from hvd_sparse.core.memory import ErrorFeedback
 from hvd_sparse.core.outbound import Outbound
-from hvd_sparse.core.plan import Plan, Tensor
+from hvd_sparse.core.plan import Plan
 from hvd_sparse.core.residuals import Residuals
 from hvd_sparse.core.routing import Dense
 from hvd_sparse.core.traffic import Traffic
@@ -62,12 +62,11 @@ class GradientPath:
         """Join the parts.
 
         Args:
-            sparsifier: what is worth sending: TopK, RandomK, Threshold or your own.
+            sparsifier: what is worth sending.
             exchange: who carries the bytes.
             op: Average over the ranks, or Sum.
             dense: which tensors go dense; WhenCheaper() unless given.
-            values: how those travel: Float32() or Sign(); as the sparsifier is made
-                for, or unrounded, unless given.
+            values: a format; as the sparsifier is made for, or Float32(), unless given.
             memory: what keeps the rest; ErrorFeedback() unless given.
             loss_scale: what gradients are multiplied with, asked in `begin`.
             undo: keep what `residuals.discard` needs.
@@ -171,30 +170,31 @@ class GradientPath:
         try:
             self.hand_back(flights, outs)
         except PayloadError:
-            self.recall(flights)
+            self.roll_back(flights)
             raise
-        self.settle(flights)
+        self.commit(flights)
 
     # receive in halves, for a step that arrives whole or not at all
 
     def hand_back(self, flights: Sequence[Flight], outs: Sequence[Array]) -> None:
-        """Receive, but for the last word: `settle` or `recall` must follow."""
+        """Receive, but for the last word: `commit` or `roll_back` must follow."""
         self._back.hand_back(list(zip(flights, outs, strict=True)))
 
-    def settle(self, flights: Sequence[Flight]) -> None:
-        """What was sent has arrived and can not be recalled any more."""
+    def commit(self, flights: Sequence[Flight]) -> None:
+        """What was sent has arrived and can not be taken back any more."""
         for flight in flights:
-            flight.settle()
+            flight.commit()
 
-    def recall(self, flights: Sequence[Flight]) -> None:
+    def roll_back(self, flights: Sequence[Flight]) -> None:
         """Put back what was sent when its exchange failed: nothing is lost."""
         for flight in flights:
-            flight.recall(self.memory)
+            flight.roll_back(self.memory)
 
-    def keep(self, name: str, gradient: Array) -> None:
+    def keep(self, name: str, gradient: Array) -> Flight:
         """Accumulate and send nothing: a step was given up before it was sent."""
         tensor = self.admit(name, gradient)
         if self._undo:
             self._undo.note(tensor, gradient)
         if not tensor.dense:
             self.memory.accumulate(name, gradient.reshape(-1))
+        return Flight(tensor, Phase.FAILED)

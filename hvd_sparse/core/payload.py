@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hvd_sparse.core.contracts import Array, Format, Selection
-from hvd_sparse.core.formats import FORMATS
+from hvd_sparse.core.contracts import Array, Format, PayloadError, Selection
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -24,7 +23,7 @@ class Header(NamedTuple):
     """What every rank must agree on before it believes a payload.
 
     Attributes:
-        layout: that of a format, in `hvd_sparse.core.formats`.
+        form: how its entries become bytes.
         dtype: the gradient's, one of DTYPES.
         n: elements of the gradient.
         k: elements of the payload; the most there may be where `varies`.
@@ -34,7 +33,7 @@ class Header(NamedTuple):
         facts: shape and configuration, which the digest stands for; for errors.
     """
 
-    layout: int
+    form: Format
     dtype: str
     n: int
     k: int
@@ -42,11 +41,6 @@ class Header(NamedTuple):
     digest: int
     varies: bool = False
     facts: tuple[tuple[int, ...], str] = ((), "")
-
-    @property
-    def form(self) -> Format:
-        """How its entries become bytes."""
-        return FORMATS[self.layout]
 
     @property
     def wide(self) -> str:
@@ -142,8 +136,10 @@ def decode(payload: Payload) -> Selection:
     Its indices are empty where every rank knows them.
     """
     header, k = payload.header, payload.k
-    end = header.form.bytes(k, header.dtype)
-    indices, values = header.form.read(payload.entries[:end], k, header.dtype)
+    form, dtype = header.form, header.dtype
+    indices, values = form.read(payload.entries[: form.bytes(k, dtype)], k, dtype)
+    if values.shape != (k,) or indices.shape not in ((k,), (0,)):
+        raise PayloadError(f"{form!r}: read must give {k} entries")
     return Selection(indices, values, int(payload.nonfinite))
 
 

@@ -7,9 +7,8 @@ another digest, and is found out before its data is used.
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, TypeGuard, cast
+from typing import TypeGuard, cast
 
 import numpy as np
 
@@ -25,15 +24,14 @@ from hvd_sparse.core.contracts import (
     PerScale,
     PerTensor,
     Proved,
-    Request,
     Scheduled,
-    Selection,
     SharedIndices,
     Sparsifier,
     offers,
 )
-from hvd_sparse.core.formats import Float32, Sign, Values
-from hvd_sparse.core.payload import DTYPES, Header, Payload
+from hvd_sparse.core.flight import Tensor
+from hvd_sparse.core.formats import check_format, is_plain
+from hvd_sparse.core.payload import DTYPES, Header
 from hvd_sparse.core.routing import Dense, Never, WhenCheaper
 from hvd_sparse.core.sparsifiers import (
     check_density,
@@ -47,72 +45,6 @@ ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 MOST_ELEMENTS = 2**31 - 1
 
 
-@dataclass
-class Tensor:
-    """What the path knows about one tensor.
-
-    Attributes:
-        sparsifier: the plan's, seeded for this tensor where that matters.
-        header: what ranks agree on; its k is the most where they choose.
-        follows: its choice depends on how many it chose last.
-        unindexed: every rank knows which indices, which do not travel.
-        clears: the sparsifier leaves zeros where the gradient was, if it is asked to.
-        dense: this tensor takes the library's own allreduce.
-        trusted: what is selected needs no check.
-        plain: small, on the host, and its payloads have a fixed size and entries that
-            are plain arrays: kernels may sum up it and others in one call.
-        grouped: they may select from it and others in one call.
-        payload: the last one; its memory serves the next.
-        scheduled: k changes with the steps.
-        in_flight: sent and not received yet.
-        delivered: what was sent in this step has been handed back.
-        latest: the step of the rank that is furthest, where ranks may be apart.
-        chosen: elements that were selected last; 0 before the first step.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    array_dtype: Any
-    itemsize: int
-    sparsifier: Sparsifier
-    header: Header
-    follows: bool
-    unindexed: bool
-    clears: bool
-    dense: bool
-    trusted: bool
-    plain: bool
-    grouped: bool
-    scheduled: bool = False
-    payload: Payload | None = None
-    in_flight: bool = False
-    delivered: bool = False
-    latest: int = 0
-    chosen: int = 0
-
-    def select(self, residual: Array, gradient: Array, out: Array | None) -> Selection:
-        """The sparsifier's choice; out becomes 0 if there is one, see `clears`."""
-        sparsifier: Any = self.sparsifier
-        if self.follows:
-            sparsifier = sparsifier.after(self.chosen)
-        asked = Request(residual, gradient, self.header.k, self.header.step, out)
-        selection: Selection = (
-            sparsifier.choose(asked) if self.trusted else sparsifier.select(*asked[:4])
-        )
-        return selection
-
-    def at_step(self, step: int) -> None:
-        """Count the exchanges of this tensor."""
-        layout, dtype, n, k, _, digest, varies, facts = self.header
-        self.header = Header(layout, dtype, n, k, step, digest, varies, facts)
-
-    @property
-    def route(self) -> str:
-        """Dense or sparse, as a word."""
-        return "dense" if self.dense else "sparse"
-
-
 class Plan:
     """The tensors of one group of ranks, each as all of these ranks treat it."""
 
@@ -122,7 +54,7 @@ class Plan:
         exchange: Exchange,
         op: int,
         dense: Dense | None,
-        values: Values | None = None,
+        values: Format | None = None,
     ) -> None:
         """As for GradientPath, which says what is raised."""
         if isinstance(sparsifier, type) or not offers(sparsifier, Sparsifier):
@@ -132,8 +64,7 @@ class Plan:
             )
         if not isinstance(dense, WhenCheaper | Never | None):
             raise TypeError(f"dense must be WhenCheaper() or Never(), got {dense!r}")
-        if not isinstance(values, Float32 | Sign | None):
-            raise TypeError(f"values must be Float32() or Sign(), got {values!r}")
+        check_format(format_of(sparsifier, values))
         if op not in (Op.Average, Op.Sum):
             raise ValueError(f"op must be Average or Sum, got {op!r}")
         self.sparsifier = sparsifier
@@ -143,7 +74,8 @@ class Plan:
         self._rule = describe(self.dense, "dense")
         self._given = values
         said = _format(sparsifier, values) != _format(sparsifier, None)
-        self._values = f", values={values!r}" if said else ""  # else it is nothing new
+        # where it is nothing new nothing is said: states of old have nothing there
+        self._values = f", values={describe(values, 'values')}" if said else ""
         self.op = Op(op)
         self.op_name = self.op.name  # an integration that finds out later says so here
         self.tensors: dict[str, Tensor] = {}
@@ -201,7 +133,7 @@ class Plan:
         trusted = _is_proved(sparsifier)
         wide = dtype in ("float32", "float64")
         plain = (
-            form.offsets(k, dtype) is not None
+            is_plain(form)
             and wide
             and not (dense or varies)
             and isinstance(gradient, np.ndarray)
@@ -214,7 +146,7 @@ class Plan:
             gradient.dtype,
             gradient.dtype.itemsize,
             sparsifier,
-            Header(form.layout, dtype, n, k, step, digest=0, varies=varies),
+            Header(form, dtype, n, k, step, digest=0, varies=varies),
             follows=offers(sparsifier, Following),
             unindexed=_is_shared(sparsifier),
             clears=_is_proved(sparsifier) and sparsifier.clears,
@@ -250,7 +182,7 @@ class Plan:
 
     def _set_digest(self, tensor: Tensor) -> None:
         """64 bits that stand for all that ranks must have alike for this tensor."""
-        k, layout, agreed = tensor.header.k, tensor.header.layout, self.agreed
+        k, layout, agreed = tensor.header.k, tensor.header.form.layout, self.agreed
         text = repr(
             (tensor.name, tensor.shape, tensor.dtype, k, layout, agreed)
         ).encode()
@@ -309,7 +241,7 @@ class Plan:
             yield f"{chosen}, op={self.op_name}, dense={self.dense!r}{self._values}"
 
 
-def _format(sparsifier: Sparsifier, values: Values | None) -> Format:
+def _format(sparsifier: Sparsifier, values: Format | None) -> Format:
     """Of payloads: their values, and indices unless every rank knows them."""
     form = format_of(sparsifier, values)
     return form.without_indices() if _is_shared(sparsifier) else form

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from hvd_sparse.core.contracts import Array, Exchange, Memory
-from hvd_sparse.core.flight import last_sent
+from hvd_sparse.core.flight import Tensor
 from hvd_sparse.core.loss_scale import LossScale, is_finite
-from hvd_sparse.core.plan import Plan, Tensor, dtype_of
+from hvd_sparse.core.plan import Plan, dtype_of
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.core.undo import Undo
 from hvd_sparse.kernels import kernels_for
@@ -73,8 +73,9 @@ class Residuals:
     def _kept(self, tensor: Tensor) -> Array | None:
         """A copy of its residual, with what is on its way."""
         residual = deepcopy(self._memory.residuals.get(tensor.name))
-        if tensor.in_flight and residual is not None:
-            sent = last_sent(tensor)
+        flight = tensor.flight
+        if flight is not None and flight.is_out and residual is not None:
+            sent = flight.selection
             kernels_for(residual).add_at(residual, sent.indices, sent.values)
         return residual
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from hvd_sparse.core.plan import Tensor
+from hvd_sparse.core.flight import Tensor
 
 
 @dataclass

@@ -8,7 +8,8 @@ from copy import deepcopy
 from typing import NamedTuple
 
 from hvd_sparse.core.contracts import Array, Memory
-from hvd_sparse.core.plan import Plan, Tensor
+from hvd_sparse.core.flight import Tensor
+from hvd_sparse.core.plan import Plan
 
 
 class _Before(NamedTuple):
@@ -65,7 +66,7 @@ class Undo:
             RuntimeError: there is no step, it was applied, or it is under way.
         """
         tensors = {name: self._plan.tensors[name] for name in self._last}
-        under_way = sorted(name for name, t in tensors.items() if t.in_flight)
+        under_way = sorted(name for name, t in tensors.items() if t.is_out)
         if under_way:
             raise RuntimeError(
                 f"{under_way[0]}: its exchange is under way: discard() must follow it"
@@ -82,7 +83,7 @@ class Undo:
                 self._memory.residuals[name][...] = self._copies[name]
             tensor.at_step(self._last[name].step)
             tensor.chosen = self._last[name].chosen
-            tensor.delivered = False
+            tensor.flight = None
         self._memory.residuals.update(self._taken)
         self.begin()
         self._begun = False

@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 from hvd_sparse.core.contracts import ExchangeError
 from hvd_sparse.core.flight import Flight
+from hvd_sparse.core.flight import Tensor as Admitted
 from hvd_sparse.core.interrupts import Uninterrupted
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.payload import Raised
-from hvd_sparse.core.plan import Tensor as Admitted
 from hvd_sparse.tensorflow.buffers import Buffers
 from hvd_sparse.tensorflow.gathers import GraphExchange
 from hvd_sparse.watchdog import Watchdog
@@ -52,7 +52,7 @@ class Flights:
         """Tensors are gone: drop what is kept of those that are not on their way."""
         for name in names:
             tensor = self.path.plan.tensors.get(name)
-            if tensor is not None and tensor.in_flight:
+            if tensor is not None and tensor.is_out:
                 continue
             self.path.residuals.forget(name)
             self.by_name.pop(name, None)
@@ -118,14 +118,14 @@ class Step:
     def _abort(self) -> None:
         for name, flight in self._sent.items():
             if flight is not None and self._flights.by_name.get(name) is flight:
-                self._path.recall([flight])
+                self._path.roll_back([flight])
         self.begin()
 
     def _send(self, name: str, gradient: Array) -> Array:
         flights = self._flights
         tensor = self._path.admit(name, gradient)
-        if tensor.in_flight:  # its result was never asked for
-            self._path.recall([flights.by_name[name]])
+        if tensor.is_out:  # its result was never asked for
+            self._path.roll_back([flights.by_name[name]])
         flights.watchdog.sent(name, tensor.header.step)
         try:
             [flight] = self._path.send({name: gradient})
@@ -150,8 +150,8 @@ class Step:
     def _keep(self, name: str, gradient: Array) -> None:
         with suppress(Exception):  # it is refused, which is what failed
             tensor = self._path.admit(name, gradient)
-            if tensor.in_flight:
-                self._path.recall([self._flights.by_name[name]])
+            if tensor.is_out:
+                self._path.roll_back([self._flights.by_name[name]])
             self._path.keep(name, gradient)
 
     # ----------------------------------------------------------------------- and back
@@ -203,7 +203,7 @@ class Step:
     def _settle(self) -> None:
         """What was sent has arrived and can not be taken back any more."""
         flights = [flight for flight in self._sent.values() if flight is not None]
-        self._path.settle(flights)
+        self._path.commit(flights)
         traffic = self._path.traffic
         steps = [flight.tensor.header.step for flight in flights]
         traffic.steps = max([traffic.steps, *steps])

@@ -10,10 +10,11 @@ from contextlib import suppress
 
 import torch
 
+from hvd_sparse.core.flight import Flight, Phase
+from hvd_sparse.core.flight import Tensor as Admitted
 from hvd_sparse.core.frame import frame_bytes
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.payload import Raised
-from hvd_sparse.core.plan import Tensor as Admitted
 from hvd_sparse.torch.contract import HorovodExchange
 from hvd_sparse.torch.places import Place
 from hvd_sparse.torch.states import viewed
@@ -24,6 +25,7 @@ Tensor = torch.Tensor
 log = logging.getLogger("hvd_sparse")
 
 _COPIED = 1 << 20  # bytes of a gradient that goes dense: no more than that are copied
+_THERE = (Phase.FILLING, Phase.FAILED)  # of what has not left
 _REDUCIBLE = (torch.float16, torch.float32, torch.float64)  # by Horovod 0.28.1
 
 
@@ -72,7 +74,10 @@ class Sender:
         context = Context(name, step.places.enter(gradient, holder), known.dense)
         step.under_way[name] = context
         if known.dense:
-            return self._send_dense(context), context
+            reduced = self._send_dense(context)
+            context.flight = Flight(known)
+            context.flight.depart()
+            return reduced, context
         due = self._exchange.announce(name)
         if known.grouped and self._exchange.batched and gradient.is_contiguous():
             step.waiting[name] = context
@@ -113,7 +118,7 @@ class Sender:
             flights = self._path.send(gradients)
         except BaseException:
             for context in contexts:
-                context.kept = True  # by the path
+                self._failed(context)
             raise
         for context, flight in zip(contexts, flights, strict=True):
             context.flight = flight
@@ -124,8 +129,13 @@ class Sender:
         try:
             [context.flight] = self._path.send({context.name: gradient})
         except BaseException:
-            context.kept = True  # by the path
+            self._failed(context)
             raise
+
+    def _failed(self, context: Context) -> None:
+        """The path could not send it, and has kept it."""
+        tensor = self._path.plan.tensors[context.name]
+        context.flight = Flight(tensor, Phase.FAILED)
 
     def _send_dense(self, context: Context) -> Tensor:
         """The gradient as Horovod can reduce it, with what may still wait of it.
@@ -167,7 +177,7 @@ class Sender:
             self._watchdog.sent(name, 0)
             context = step.under_way[name] = Context(name, Place(gradient, None))
         step.waiting.pop(name, None)
-        if context.excused or context.flight is not None:  # it has left
+        if context.excused or context.phase not in _THERE:
             return self._exchange.to_reduce(name), context
         step.keep(context)
         known = self._known(name, parameter)
@@ -188,7 +198,7 @@ class Sender:
     def _tell(self, context: Context) -> None:
         """Once a tensor, unless it has left: each travels by itself."""
         failure = self._step.failure
-        if context.excused or context.flight is not None or failure is None:
+        if context.excused or context.phase not in _THERE or failure is None:
             return
         self._step.keep(context)
         known, size = self._path.plan.tensors.get(context.name), None

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from hvd_sparse.core.contracts import ExchangeError
-from hvd_sparse.core.flight import Flight
+from hvd_sparse.core.flight import Flight, Phase
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.torch.places import Place, Places
 from hvd_sparse.torch.states import viewed
@@ -32,10 +32,9 @@ class Context:
         name: of its parameter.
         place: where the gradient is.
         dense: it is reduced by Horovod.
-        flight: None until it is on its way.
+        flight: None until its bucket leaves, or fails to.
         result: None until it is there.
         taken: the residual that went with it, where it goes dense.
-        kept: it is in the residual and will not be sent in this step.
         excused: its peers are told that this rank raised.
         alone: no optimizer gave it: its step is its own.
     """
@@ -46,10 +45,14 @@ class Context:
     flight: Flight | None = None
     result: Tensor | None = None
     taken: Any = None
-    kept: bool = False
     excused: bool = False
     alone: bool = False
     _array: Any = None
+
+    @property
+    def phase(self) -> Phase:
+        """Where the gradient is."""
+        return Phase.FILLING if self.flight is None else self.flight.phase
 
     @property
     def sent(self) -> Flight:
@@ -155,11 +158,10 @@ class Step:
 
     def keep(self, context: Context) -> None:
         """What is right of a gradient that will not be sent goes with the next step."""
-        if context.kept or context.flight is not None or context.place.rewritten:
+        if context.flight is not None or context.place.rewritten:
             return
-        context.kept = True
         with suppress(Exception):  # it is refused, which is what failed
-            self._path.keep(context.name, context.array)
+            context.flight = self._path.keep(context.name, context.array)
 
     # ------------------------------------------------------------------------ its end
 
@@ -188,12 +190,9 @@ class Step:
     def _count(self, contexts: list[Context]) -> None:
         traffic = self._path.traffic
         for context in contexts:
-            tensor = self._path.plan.tensors[context.name]
-            if context.flight is not None:
-                context.flight.settle()
-            else:
-                tensor.at_step(tensor.header.step + 1)
-            traffic.steps = max(traffic.steps, tensor.header.step)
+            flight = context.sent
+            flight.commit()
+            traffic.steps = max(traffic.steps, flight.tensor.header.step)
 
     def roll_back(self) -> None:
         """Nothing of it counts: what was sent is back in the residuals."""
@@ -201,7 +200,7 @@ class Step:
         waiting = list(self.waiting.values())
         self._leave(list(self.under_way.values()))
         try:
-            self._path.recall([c.flight for c in contexts if c.flight is not None])
+            self._path.roll_back([c.flight for c in contexts if c.flight is not None])
             for context in waiting:
                 self.keep(context)
             for context in contexts:
@@ -220,7 +219,7 @@ class Step:
         self.failure = None
         self._leave([context])
         if self.waiting.pop(name, None) is None:
-            self._path.recall([context.flight] if context.flight else [])
+            self._path.roll_back([context.flight] if context.flight else [])
         elif not np.may_share_memory(context.array, viewed(gradient)):
             self._path.keep(name, context.array)
 

@@ -2026,7 +2026,7 @@ def test_a_compressor_is_not_copied():
 def test_a_batch_that_came_in_a_step_that_was_given_up_is_not_taken_for_the_next():
     exchange = GatheredExchange(lambda: hvd.global_process_set, "twice", padded=False)
     exchange.plan({"a": 8, "b": 8})
-    header = Header(Float32().layout, "float32", n=9, k=1, step=0, digest=5)
+    header = Header(Float32(), "float32", n=9, k=1, step=0, digest=5)
     for value in (1.0, 2.0):  # of both steps, only the second is asked for
         entry = Selection(np.array([3], np.int32), np.array([value], np.float32), 0)
         for name in "ab":
