@@ -102,7 +102,8 @@ def heeds_ctrl_c() -> None:
 KERNELS_ARE_LOOKED_UP_IN = (
     "adaptive",
     "memory",
-    "inbound",
+    "allgather",
+    "outbound",
     "residuals",
     "sparsifiers",
     "stochastic",

@@ -5,11 +5,11 @@ exchange is declared where it is: under Horovod in `hvd_sparse.torch.contract`; 
 over MPI calls a `Communicator`, in `hvd_sparse.transport.contract`.
 
 A gradient meets them in this order: `Memory` keeps what earlier steps did not send,
-`Sparsifier` chooses, `Format` makes bytes of the choice, `Exchange` carries bytes it
-does not understand. `Kernels` (in `hvd_sparse.kernels.contract`, since kernels know
-nothing of the core) do the work on arrays. `Array` is whatever the
-integration's framework uses, flattened: a numpy array in host memory, or a torch tensor
-on an accelerator.
+`Sparsifier` chooses, `Format` makes bytes of the choice, `Collective` sums up what
+ranks chose, by an `Exchange` that carries bytes it does not understand; `Observer`
+looks on. `Kernels` (in `hvd_sparse.kernels.contract`, since kernels know nothing of the
+core) do the work on arrays. `Array` is whatever the integration's framework uses,
+flattened: a numpy array in host memory, or a torch tensor on an accelerator.
 
 A sparsifier implements `select` alone. What else one may have is declared here, too,
 each in a protocol of its own: `offers` asks for it when a tensor is first seen.
@@ -296,16 +296,90 @@ class Memory(Protocol):
         """The (n,) residual of this tensor, zeros at first; selectors write into it."""
         ...
 
-    def accumulate(self, name: str, gradient: Array) -> None:
-        """Add a gradient of which nothing is sent; elements not finite stay out."""
-        ...
-
     def keep(self, name: str, indices: Array, rest: Array) -> None:
         """Add to the residual what rounding took from the values sent."""
         ...
 
     def restore(self, name: str, indices: Array, sent: Array) -> None:
         """Put back what was sent in vain."""
+        ...
+
+
+class Correcting(Protocol):
+    """A memory that adds something else than the gradient, such as a velocity."""
+
+    def incoming(self, name: str, gradient: Array) -> Array:
+        """What is added to the residual in place of a gradient; asked once for each.
+
+        The gradient is contiguous, in any shape, read only, maybe not finite somewhere.
+        What is returned is (n,) contiguous, of its dtype or the residual's.
+        """
+        ...
+
+    def sent(self, name: str, indices: Array) -> None:
+        """These entries leave: (k,) int32, ascending; `restore` may bring them back."""
+        ...
+
+    def beside(self, name: str) -> dict[str, Array]:
+        """What else it keeps of a tensor, as named arrays, from `residual` on.
+
+        States and `discard` copy and overwrite them; a loss scale multiplies them.
+        """
+        ...
+
+    def forget(self, name: str) -> None:
+        """A tensor is gone, or another state will be loaded: drop what is beside."""
+        ...
+
+
+class Summed(NamedTuple):
+    """What a collective has made of one tensor.
+
+    Attributes:
+        elements: in this rank's payload.
+        sent: bytes that this rank has sent.
+        received: bytes that came from the others.
+        values: whose sum it is, times the scale; None where that is not known.
+        nonfinite: a rank met elements that were not finite: there is no result.
+    """
+
+    elements: int
+    sent: int
+    received: int
+    values: list[Array] | None = None
+    nonfinite: bool = False
+
+
+class Collective(Protocol):
+    """Sums up what ranks send. The path does not know which payloads come where."""
+
+    def start(self, flight: Any) -> None:
+        """Begin the exchange of one tensor; a `Flight`, whose handle is yours."""
+        ...
+
+    def sum(
+        self, flights: Sequence[Any], outs: Sequence[Array], scale: float
+    ) -> Sequence[Summed]:
+        """Overwrites outs with sums over ranks times scale, the same bits on each rank.
+
+        An out is contiguous, of its gradient's shape and dtype, and all 0 already where
+        the flight is `cleared`. Raises PayloadError as `Exchange.finish`.
+        """
+        ...
+
+
+class Observer(Protocol):
+    """Sees each `Flight`, and changes nothing; what it raises fails the step."""
+
+    def sent(self, flight: Any, gradient: Array) -> None:
+        """It has left: `flight.selection` is what was selected, unless it goes dense.
+
+        The gradient is all 0 already where the flight is `cleared`.
+        """
+        ...
+
+    def received(self, flight: Any, out: Array) -> None:
+        """Its result is there; NaN where a rank met what is not finite."""
         ...
 
 

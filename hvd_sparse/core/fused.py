@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hvd_sparse.core.contracts import Array, Exchange, Memory, PayloadError
+from hvd_sparse.core.contracts import Array, PayloadError
 from hvd_sparse.core.flight import Flight
 from hvd_sparse.core.formats import offsets
 from hvd_sparse.core.payload import Bytes, Header, Payload, entry_bytes
@@ -23,58 +23,48 @@ Pair = tuple[Flight, Array]  # and its gradient, or where its result goes
 class Fused:
     """The stages that pass over elements, for groups of one dtype on the host."""
 
-    def __init__(self, memory: Memory, exchange: Exchange) -> None:
+    def __init__(self) -> None:
         """Nothing is known of any group yet."""
-        self._memory = memory
-        self._exchange = exchange
         self._rooms: dict[tuple[int, ...], _Room] = {}  # by digests
 
-    def select(self, group: Sequence[Pair]) -> None:
+    def select(self, group: Sequence[Pair], residuals: Sequence[Array]) -> None:
         """Accumulate, select and encode; raises before anything is accumulated.
 
         Args:
-            group: flights of `grouped` tensors, and their gradients, contiguous.
+            group: flights of `grouped` tensors, and what is added to the residual of
+                each, contiguous.
+            residuals: of each.
         """
         flights, gradients = zip(*group, strict=True)
-        tensors = [flight.tensor for flight in flights]
-        residuals = [self._memory.residual(f.tensor.name, g) for f, g in group]
         parts, table = self._room(flights).lay_out()
-        sparsifier: Any = tensors[0].sparsifier  # a Grouped
+        sparsifier: Any = flights[0].tensor.sparsifier  # a Grouped
         nonfinite = sparsifier.select_group(residuals, gradients, table)
-        for flight, tensor, part, wrong in zip(
-            flights, tensors, parts, nonfinite, strict=True
-        ):
+        for flight, part, wrong in zip(flights, parts, nonfinite, strict=True):
+            tensor = flight.tensor
             header = tensor.header
             tensor.payload = Payload(header, header.k, bool(wrong), part)
             tensor.chosen = header.k
             flight.depart()
 
-    def aggregate(self, group: Sequence[Pair], scale: float) -> Sequence[int] | None:
+    def aggregate(self, group: Sequence[Pair], addresses: Array, scale: float) -> None:
         """Sum up what has arrived into the results.
 
         Args:
             group: flights of `plain` tensors, and contiguous arrays for their results,
                 no two of which overlap.
+            addresses: (ranks, payloads) int64: of the entries of each.
             scale: what sums are multiplied with.
-
-        Returns:
-            Bytes that each took on the wire; None, and nothing was done, where they
-            must be received one by one.
 
         Raises:
             PayloadError: a peer disagrees; the text has the tensor.
         """
         flights, outs = zip(*group, strict=True)
-        found = self._exchange.locate([flight.handle for flight in flights])
-        if found is None:
-            return None
-        table = self._room(flights).find_entries(found.addresses)
+        table = self._room(flights).find_entries(addresses)
         wrong = host.aggregate_group(outs, table, scale)
         if wrong >= 0:
             tensor = flights[wrong].tensor
             name, n = tensor.name, tensor.header.n
             raise PayloadError(f"{name}: indices must ascend in [0, {n})")
-        return found.wire_bytes
 
     def _room(self, flights: Iterable[Flight]) -> "_Room":
         """Most often the same tensors are selected together in every step."""

@@ -8,12 +8,14 @@ multiplied too, by the ratio; a power of two loses no bit.
 
 import math
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from hvd_sparse.core.contracts import Array, Memory, Scaler, offers
+from hvd_sparse.core.contracts import Array, Scaler, offers
 from hvd_sparse.core.flight import Phase
+from hvd_sparse.core.memory import Kept
 from hvd_sparse.core.plan import Plan
 
 
@@ -24,14 +26,12 @@ class LossScale:
         overflowed: a result of this step was not finite.
     """
 
-    def __init__(
-        self, ask: Callable[[], float] | None, plan: Plan, memory: Memory
-    ) -> None:
+    def __init__(self, ask: Callable[[], float] | None, plan: Plan, kept: Kept) -> None:
         """Args: ask: tells the one of the step to come; None where there is none."""
         self.overflowed = False
         self._ask = ask
         self._plan = plan
-        self._memory = memory
+        self._kept = kept
 
     @property
     def is_used(self) -> bool:
@@ -59,10 +59,13 @@ class LossScale:
 
     def _follow(self, scale: float, waiting: dict[str, dict[str, Any]]) -> None:
         factor = ratio(scale, self._plan.loss_scale or scale)
-        multiply(self._memory.residuals, factor)
+        kept = {name: self._kept.arrays(name) for name in self._kept.memory.residuals}
+        multiply(kept, factor)
         for saved in waiting.values():
             if saved["residual"] is not None:
                 saved["residual"] = saved["residual"] * factor
+            for what, array in saved.get("beside", {}).items():
+                saved["beside"] = {**saved["beside"], what: array * factor}
         self._plan.follow(scale)
 
     def put_back(self) -> None:
@@ -75,7 +78,7 @@ class LossScale:
         for tensor in self._plan.tensors.values():
             flight = tensor.flight
             if flight is not None and flight.phase is Phase.DONE:
-                flight.put_back(self._memory)
+                flight.put_back(self._kept.memory)
 
     def look_at(self, out: Array, values: list[Array] | None = None) -> None:
         """Note whether a result overflowed.
@@ -123,19 +126,21 @@ def ratio(new: float, old: float) -> float:
     return new / old
 
 
-def multiply(residuals: dict[str, Array], factor: float) -> None:
+def multiply(kept: dict[str, list[Array]], factor: float) -> None:
     """Overwrites each with factor times itself, none of them if one would overflow.
 
     Raises:
         ValueError: an element would not be finite; the text has the tensor.
     """
-    for name, residual in residuals.items():
-        if residual.shape[0] and _largest(residual) * factor > _most(residual):
-            raise ValueError(
-                f"{name}: residual overflows where the loss scale grows by {factor:g}"
-            )
-    for residual in residuals.values():
-        residual *= factor
+    for name, arrays in kept.items():
+        for array in arrays:
+            if array.shape[0] and _largest(array) * factor > _most(array):
+                raise ValueError(
+                    f"{name}: residual overflows where the loss scale grows by "
+                    f"{factor:g}"
+                )
+    for array in chain.from_iterable(kept.values()):
+        array *= factor
 
 
 def overflows(values: list[Array], scale: float, out: Array) -> bool:

@@ -5,7 +5,7 @@ takes, so there is no separate buffer for the sum. It is float32 for 16-bit and 
 gradients and float64 for float64 ones, whatever the gradient's dtype.
 """
 
-from hvd_sparse.core.contracts import Array
+from hvd_sparse.core.contracts import Array, Correcting, Memory, offers
 from hvd_sparse.kernels import kernels_for
 
 
@@ -29,11 +29,6 @@ class ErrorFeedback:
             residual = self.residuals[name] = kernels_for(gradient).zeros_like(gradient)
         return residual
 
-    def accumulate(self, name: str, gradient: Array) -> None:
-        """r' = r + g where that is finite: nothing is sent; (n,) contiguous."""
-        residual = self.residual(name, gradient)
-        kernels_for(gradient).accumulate(residual, gradient)
-
     def keep(self, name: str, indices: Array, rest: Array) -> None:
         """Add the rounding of the values sent: rest = value - sent."""
         self._add(name, indices, rest)
@@ -45,3 +40,52 @@ class ErrorFeedback:
     def _add(self, name: str, indices: Array, values: Array) -> None:
         residual = self.residuals[name]
         kernels_for(residual).add_at(residual, indices, values)
+
+
+class Kept:
+    """All that is kept of each tensor, whatever the memory."""
+
+    def __init__(self, memory: Memory) -> None:
+        """Nothing is kept yet."""
+        self.memory = memory
+        self._correcting = memory if offers(memory, Correcting) else None
+
+    def incoming(self, name: str, gradient: Array) -> Array:
+        """What is added to the residual: the gradient, or what a memory makes of it."""
+        if self._correcting is None:
+            return gradient
+        return self._correcting.incoming(name, gradient)
+
+    def sent(self, name: str, indices: Array) -> None:
+        """These entries leave."""
+        if self._correcting is not None:
+            self._correcting.sent(name, indices)
+
+    @property
+    def is_corrected(self) -> bool:
+        """Whether the memory adds something else than gradients."""
+        return self._correcting is not None
+
+    def accumulate(self, name: str, gradient: Array) -> None:
+        """r' = r + g where that is finite: nothing is sent; (n,) contiguous."""
+        self.memory.residual(name, gradient)  # which a memory may begin with
+        self.add(name, gradient, self.incoming(name, gradient))
+
+    def add(self, name: str, gradient: Array, incoming: Array) -> None:
+        """The same, where `incoming` has been asked already."""
+        residual = self.memory.residual(name, gradient)
+        kernels_for(residual).accumulate(residual, incoming.reshape(-1))
+
+    def beside(self, name: str) -> dict[str, Array]:
+        """What a memory keeps beside the residual."""
+        return {} if self._correcting is None else self._correcting.beside(name)
+
+    def arrays(self, name: str) -> list[Array]:
+        """The residual first, and what is beside it; of one that is known."""
+        return [self.memory.residuals[name], *self.beside(name).values()]
+
+    def forget(self, name: str) -> None:
+        """Drop all that is kept of it."""
+        self.memory.residuals.pop(name, None)
+        if self._correcting is not None:
+            self._correcting.forget(name)

@@ -7,10 +7,18 @@ from typing import Any
 import numpy as np
 
 from hvd_sparse.core.checks import check_selection
-from hvd_sparse.core.contracts import Array, Exchange, Memory, Selection
+from hvd_sparse.core.contracts import (
+    Array,
+    Collective,
+    Exchange,
+    Observer,
+    Selection,
+)
 from hvd_sparse.core.flight import Flight, Phase, Tensor
 from hvd_sparse.core.fused import Fused, Pair, alike
+from hvd_sparse.core.memory import Kept
 from hvd_sparse.core.payload import Payload, encode
+from hvd_sparse.kernels import kernels_for
 
 _CACHED = 1 << 16  # elements, below which another pass over a gradient costs little
 
@@ -18,11 +26,20 @@ _CACHED = 1 << 16  # elements, below which another pass over a gradient costs li
 class Outbound:
     """The first three stages of a path, and the start of the exchange."""
 
-    def __init__(self, memory: Memory, exchange: Exchange, fused: Fused) -> None:
-        """Args: fused: the stages of many small tensors at once."""
-        self._memory = memory
+    def __init__(
+        self,
+        kept: Kept,
+        exchange: Exchange,
+        collective: Collective,
+        observers: Sequence[Observer],
+    ) -> None:
+        """Join the parts."""
+        self._kept = kept
+        self._memory = kept.memory
         self._exchange = exchange
-        self._fused = fused
+        self._collective = collective
+        self._observers = observers
+        self._fused = Fused()
 
     def select(self, bucket: Sequence[Pair], in_place: Container[str]) -> None:
         """Accumulate, select and encode: afterwards each has its payload.
@@ -32,24 +49,44 @@ class Outbound:
             in_place: names of those whose memory is free from now on.
         """
         for group in alike(pair for pair in bucket if _may_join(*pair, in_place)):
-            self._fused.select(group)
+            self._select_group(group)
         for flight, gradient in bucket:
             if flight.phase is Phase.FILLING and not flight.tensor.dense:
                 free = flight.tensor.name in in_place
                 self._select(flight, gradient, in_place=free)
 
+    def _select_group(self, group: Sequence[Pair]) -> None:
+        """Many small ones; raises when each is in its residual."""
+        named = [(flight.tensor.name, gradient) for flight, gradient in group]
+        residuals = [self._memory.residual(*each) for each in named]
+        flights = [flight for flight, _ in group]
+        incoming: list[Array] = []
+        try:
+            incoming.extend(self._kept.incoming(*each) for each in named)
+            self._fused.select(list(zip(flights, incoming, strict=True)), residuals)
+        except BaseException:
+            for flight, each, added in zip(flights, named, incoming, strict=False):
+                flight.phase = Phase.FAILED  # others are asked when they are kept
+                self._kept.add(*each, added)
+            raise
+        if self._kept.is_corrected:
+            for flight in flights:
+                self._kept.sent(flight.tensor.name, flight.selection.indices)
+
     def _select(self, flight: Flight, gradient: Array, *, in_place: bool) -> None:
         """One alone; its residual takes the gradient and keeps what is not selected."""
         tensor, flat = flight.tensor, _flat(gradient)
         residual = self._memory.residual(tensor.name, gradient)
+        incoming = self._kept.incoming(tensor.name, flat)
+        flight.phase = Phase.FAILED  # if what follows fails, it is in the residual
         if tensor.trusted:
-            flight.cleared = in_place and tensor.clears and is_flat(gradient)
-            flight.phase = Phase.FAILED  # if what follows fails, it is in the residual
+            flight.cleared = (
+                in_place and tensor.clears and is_flat(gradient) and incoming is flat
+            )
             out = flat if flight.cleared else None
-            selection = tensor.select(residual, flat, out)
+            selection = tensor.select(residual, incoming, out)
         else:
-            selection = _select_by_users(tensor, residual, flat)
-            flight.phase = Phase.FAILED  # if what follows fails, as above
+            selection = _select_by_users(tensor, residual, incoming)
         tensor.chosen = selection.indices.shape[0]
         tensor.payload = self._encode(tensor, selection)
         if tensor.unindexed:
@@ -60,6 +97,7 @@ class Outbound:
         """Its payload; from here on what was selected is in there, or back again."""
         indices, values, _ = selection
         try:
+            self._kept.sent(tensor.name, indices)
             payload, sent = encode(selection, tensor.header, tensor.payload)
             if sent is not values:  # rounded on the wire: the rest is not lost
                 self._memory.keep(tensor.name, indices, values - sent)
@@ -77,7 +115,10 @@ class Outbound:
                 flight.handle = exchange.start_dense(tensor.name, _flat(gradient))
                 flight.depart()
             else:
-                flight.handle = exchange.start(tensor.name, tensor.payload)
+                self._collective.start(flight)
+        for observer in self._observers:
+            for flight, gradient in bucket:
+                observer.sent(flight, gradient)
 
     def keep(self, bucket: Sequence[Pair], in_place: Container[str]) -> None:
         """The bucket does not leave: all that goes sparse waits in the residuals."""
@@ -87,19 +128,22 @@ class Outbound:
             if tensor.dense:
                 continue
             if flight.phase is Phase.FILLING:
-                self._memory.accumulate(tensor.name, _flat(gradient))
+                self._kept.accumulate(tensor.name, _flat(gradient))
             if tensor.name in in_place:
                 gradient[...] = 0
 
 
-def _select_by_users(tensor: Tensor, residual: Array, flat: Array) -> Selection:
-    """It may raise, or be refused, at any point: the residual is then what it was."""
-    before = deepcopy(residual)
+def _select_by_users(tensor: Tensor, residual: Array, incoming: Array) -> Selection:
+    """It may raise, or be refused, at any point: all is then in the residual."""
+    before = None
     try:
-        selection = tensor.select(residual, flat, None)
+        before = deepcopy(residual)
+        selection = tensor.select(residual, incoming, None)
         check_selection(tensor, selection)
     except BaseException:
-        residual[...] = before
+        if before is not None:
+            residual[...] = before
+        kernels_for(residual).accumulate(residual, incoming)
         raise
     indices, values, nonfinite = selection
     return Selection(_flat(indices), _flat(values), nonfinite)

@@ -10,7 +10,7 @@ bytes are carried by the `Exchange` it was given.
 
 | what | where |
 |---|---|
-| the stages, in detail | `outbound`, `inbound`; of many small tensors at once `fused` |
+| the stages, in detail | `outbound`, `allgather`, `inbound`; many at once: `fused` |
 | what ranks decide alike: route, format, k, digest | `plan` |
 | one gradient on its way | `flight` |
 | what was not sent | `memory`; saved, loaded, thrown away: `residuals`, `undo` |
@@ -22,20 +22,22 @@ before its data is used.
 
 from collections.abc import Callable, Container, Mapping, Sequence
 
+from hvd_sparse.core.allgather import Allgather
 from hvd_sparse.core.contracts import (
     Array,
     Average,
+    Collective,
     Exchange,
     Memory,
+    Observer,
     PayloadError,
     Sparsifier,
 )
 from hvd_sparse.core.flight import Flight, Phase, Tensor
 from hvd_sparse.core.formats import Values
-from hvd_sparse.core.fused import Fused
 from hvd_sparse.core.inbound import Inbound
 from hvd_sparse.core.loss_scale import LossScale
-from hvd_sparse.core.memory import ErrorFeedback
+from hvd_sparse.core.memory import ErrorFeedback, Kept
 from hvd_sparse.core.outbound import Outbound
 from hvd_sparse.core.plan import Plan
 from hvd_sparse.core.residuals import Residuals
@@ -56,6 +58,8 @@ class GradientPath:
         dense: Dense | None = None,
         values: Values | None = None,
         memory: Memory | None = None,
+        collective: Collective | None = None,
+        observers: Sequence[Observer] = (),
         loss_scale: Callable[[], float] | None = None,
         undo: bool = False,
     ) -> None:
@@ -68,6 +72,8 @@ class GradientPath:
             dense: which tensors go dense; WhenCheaper() unless given.
             values: a format; as the sparsifier is made for, or Float32(), unless given.
             memory: what keeps the rest; ErrorFeedback() unless given.
+            collective: who sums up; Allgather(exchange) unless given.
+            observers: who looks on.
             loss_scale: what gradients are multiplied with, asked in `begin`.
             undo: keep what `residuals.discard` needs.
 
@@ -81,16 +87,14 @@ class GradientPath:
         self.memory = memory if memory is not None else ErrorFeedback()
         self.traffic = Traffic()
         self.plan = Plan(sparsifier, exchange, op, dense, values)
-        self.scaling = LossScale(loss_scale, self.plan, self.memory)
-        self._undo = Undo(self.plan, self.memory) if undo else None
-        self.residuals = Residuals(
-            self.plan, self.memory, exchange, self.traffic, self.scaling, self._undo
-        )
-        fused = Fused(self.memory, exchange)
-        self._there = Outbound(self.memory, exchange, fused)
-        self._back = Inbound(
-            self.plan, self.memory, exchange, self.traffic, self.scaling, fused
-        )
+        self._kept = kept = Kept(self.memory)
+        self.scaling = LossScale(loss_scale, self.plan, kept)
+        self._undo = Undo(self.plan, kept) if undo else None
+        parts = exchange, self.traffic, self.scaling
+        self.residuals = Residuals(self.plan, kept, *parts, self._undo)
+        by = collective or Allgather(exchange)
+        self._there = Outbound(kept, exchange, by, observers)
+        self._back = Inbound(self.plan, self.memory, by, *parts, observers)
 
     def begin(self) -> None:
         """A step begins; needed before its first `send` with a loss scale, or undo.
@@ -101,11 +105,6 @@ class GradientPath:
         if self._undo:
             self._undo.begin()
         self.scaling.begin(self.residuals.waiting)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """Per name, what is known about those that were admitted."""
-        return self.plan.tensors
 
     def admit(self, name: str, gradient: Array) -> Tensor:
         """What is known about this tensor; raises as `send` does."""
@@ -196,5 +195,5 @@ class GradientPath:
         if self._undo:
             self._undo.note(tensor, gradient)
         if not tensor.dense:
-            self.memory.accumulate(name, gradient.reshape(-1))
+            self._kept.accumulate(name, gradient.reshape(-1))
         return Flight(tensor, Phase.FAILED)

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from hvd_sparse.core.contracts import Array, Exchange, Memory
+from hvd_sparse.core.contracts import Array, Exchange
 from hvd_sparse.core.flight import Tensor
 from hvd_sparse.core.loss_scale import LossScale, is_finite
+from hvd_sparse.core.memory import Kept
 from hvd_sparse.core.plan import Plan, dtype_of
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.core.undo import Undo
@@ -26,7 +27,7 @@ class Residuals:
     def __init__(
         self,
         plan: Plan,
-        memory: Memory,
+        kept: Kept,
         exchange: Exchange,
         traffic: Traffic,
         scaling: LossScale,
@@ -35,7 +36,8 @@ class Residuals:
         """Nothing is loaded. Args: undo: None where no step can be thrown away."""
         self.waiting: dict[str, dict[str, Any]] = {}
         self._plan = plan
-        self._memory = memory
+        self._kept = kept
+        self._memory = kept.memory
         self._exchange = exchange
         self._traffic = traffic
         self._scaling = scaling
@@ -63,14 +65,22 @@ class Residuals:
                     name: deepcopy({"chosen": 0, **saved})
                     for name, saved in self.waiting.items()
                 },
-                **{
-                    name: _saved(tensor, self._kept(tensor))
-                    for name, tensor in plan.tensors.items()
-                },
+                **{name: self._saved(tensor) for name, tensor in plan.tensors.items()},
             },
         }
 
-    def _kept(self, tensor: Tensor) -> Array | None:
+    def _saved(self, tensor: Tensor) -> dict[str, Any]:
+        residual, beside = self._copied(tensor), self._kept.beside(tensor.name)
+        return {
+            "shape": tensor.shape,
+            "dtype": tensor.dtype,
+            "step": tensor.header.step,
+            "residual": None if residual is None else residual.reshape(tensor.shape),
+            "chosen": tensor.chosen,
+            **({"beside": deepcopy(beside)} if beside else {}),
+        }
+
+    def _copied(self, tensor: Tensor) -> Array | None:
         """A copy of its residual, with what is on its way."""
         residual = deepcopy(self._memory.residuals.get(tensor.name))
         flight = tensor.flight
@@ -112,9 +122,10 @@ class Residuals:
         Routes are decided anew, since they depend on how many ranks there are.
         """
         self._plan.tensors.clear()
+        for name in [*self._memory.residuals]:
+            self._kept.forget(name)
         self._plan.loss_scale = state.get("loss_scale")
         self.waiting = {name: dict(saved) for name, saved in state["tensors"].items()}
-        self._memory.residuals.clear()
         self._traffic.steps = state["step"]
         self._scaling.overflowed = False
         if self._undo:
@@ -128,8 +139,19 @@ class Residuals:
         _check_loaded(name, saved, tuple(gradient.shape), dtype_of(gradient))
         if saved["residual"] is not None:
             copy_to(self._memory.residual(name, gradient), saved["residual"])
+            self._put_beside(name, saved.get("beside", {}))
         del self.waiting[name]
         return int(saved["step"]), int(saved.get("chosen", 0))
+
+    def _put_beside(self, name: str, loaded: dict[str, Any]) -> None:
+        here = self._kept.beside(name)
+        if here.keys() != loaded.keys():
+            raise ValueError(
+                f"{name}: state has {sorted(loaded)} beside the residual, expected "
+                f"{sorted(here)}: it is of another memory"
+            )
+        for what, array in here.items():
+            copy_to(array, loaded[what])
 
     def take(self, name: str) -> Array | None:
         """The whole residual of a tensor that goes dense by now; it is gone then."""
@@ -141,7 +163,7 @@ class Residuals:
     def forget(self, name: str) -> None:
         """Drop what is kept of a tensor that is gone; it is not under way."""
         self._plan.tensors.pop(name, None)
-        self._memory.residuals.pop(name, None)
+        self._kept.forget(name)
         if self._undo:
             self._undo.forget(name)
 
@@ -193,16 +215,6 @@ def _check_scale(state: dict[str, Any], *, scaled: bool) -> None:
             "state has no loss scale, expected one for scaler=: put the one it was "
             'saved with into state["loss_scale"], 1.0 where there was none'
         )
-
-
-def _saved(tensor: Tensor, residual: Array | None) -> dict[str, Any]:
-    return {
-        "shape": tensor.shape,
-        "dtype": tensor.dtype,
-        "step": tensor.header.step,
-        "residual": None if residual is None else residual.reshape(tensor.shape),
-        "chosen": tensor.chosen,
-    }
 
 
 def _check_loaded(

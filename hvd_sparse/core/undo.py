@@ -7,8 +7,9 @@ a copy of each residual, which costs memory of the gradient's size and a pass ov
 from copy import deepcopy
 from typing import NamedTuple
 
-from hvd_sparse.core.contracts import Array, Memory
+from hvd_sparse.core.contracts import Array
 from hvd_sparse.core.flight import Tensor
+from hvd_sparse.core.memory import Kept
 from hvd_sparse.core.plan import Plan
 
 
@@ -20,11 +21,11 @@ class _Before(NamedTuple):
 class Undo:
     """Of one path."""
 
-    def __init__(self, plan: Plan, memory: Memory) -> None:
+    def __init__(self, plan: Plan, kept: Kept) -> None:
         """No step yet."""
         self._plan = plan
-        self._memory = memory
-        self._copies: dict[str, Array] = {}
+        self._kept = kept
+        self._copies: dict[str, list[Array]] = {}
         self._last: dict[str, _Before] = {}  # of the tensors of the last step
         self._taken: dict[str, Array] = {}  # whole residuals that went with it
         self._begun = self._applied = False
@@ -47,11 +48,12 @@ class Undo:
         """
         name = tensor.name
         if not tensor.dense:
-            residual = self._memory.residual(name, gradient)
+            self._kept.memory.residual(name, gradient)
+            arrays = self._kept.arrays(name)
             if name in self._copies:
-                self._copies[name][...] = residual
+                _overwrite(self._copies[name], arrays)
             else:
-                self._copies[name] = deepcopy(residual)
+                self._copies[name] = [deepcopy(array) for array in arrays]
         self._begun = True
         self._last[name] = _Before(tensor.header.step, tensor.chosen)
 
@@ -80,11 +82,11 @@ class Undo:
             )
         for name, tensor in tensors.items():
             if not tensor.dense:
-                self._memory.residuals[name][...] = self._copies[name]
+                _overwrite(self._kept.arrays(name), self._copies[name])
             tensor.at_step(self._last[name].step)
             tensor.chosen = self._last[name].chosen
             tensor.flight = None
-        self._memory.residuals.update(self._taken)
+        self._kept.memory.residuals.update(self._taken)
         self.begin()
         self._begun = False
 
@@ -95,3 +97,8 @@ class Undo:
         for kept in (self._copies, self._last, self._taken):
             for each in [name] if name is not None else [*kept]:
                 kept.pop(each, None)
+
+
+def _overwrite(arrays: list[Array], sources: list[Array]) -> None:
+    for array, source in zip(arrays, sources, strict=True):
+        array[...] = source

@@ -1,0 +1,93 @@
+"""Allgather: every rank gets the payloads of all ranks, and sums them up itself.
+
+Replicas agree bitwise because each sums in the order of ranks.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from hvd_sparse.core.contracts import Array, Exchange, PayloadError, Selection, Summed
+from hvd_sparse.core.flight import Flight, with_indices
+from hvd_sparse.core.fused import Fused, Pair, alike
+from hvd_sparse.core.outbound import is_flat
+from hvd_sparse.core.payload import Payload, decode
+from hvd_sparse.kernels import kernels_for
+
+_NOTHING = Selection(np.empty(0, np.int32), np.empty(0, np.float32), 0)
+
+
+class Allgather:
+    """The collective of Alistarh et al., 2018, algorithm 1."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        """Args: exchange: who carries the payloads."""
+        self._exchange = exchange
+        self._fused = Fused()
+
+    def start(self, flight: Flight) -> None:
+        """Begin to gather its payload."""
+        tensor = flight.tensor
+        flight.handle = self._exchange.start(tensor.name, tensor.payload)
+
+    def sum(
+        self, flights: Sequence[Flight], outs: Sequence[Array], scale: float
+    ) -> list[Summed]:
+        """As of `Collective`."""
+        bucket = list(zip(flights, outs, strict=True))
+        there = {} if self._exchange.uneven else self._sum_groups(bucket, scale)
+        return [
+            there.get(flight.tensor.name) or self._sum_one(flight, out, scale)
+            for flight, out in bucket
+        ]
+
+    def _sum_groups(self, bucket: Sequence[Pair], scale: float) -> dict[str, Summed]:
+        """Those that kernels can sum up in one call."""
+        there: dict[str, Summed] = {}
+        others = self._exchange.size - 1
+        for group in alike(pair for pair in bucket if _may_join(*pair)):
+            found = self._exchange.locate([flight.handle for flight, _ in group])
+            if found is None:  # they must be received one by one
+                continue
+            self._fused.aggregate(group, found.addresses, scale)
+            for (flight, _), size in zip(group, found.wire_bytes, strict=True):
+                tensor = flight.tensor
+                there[tensor.name] = Summed(tensor.header.k, size, size * others)
+        return there
+
+    def _sum_one(self, flight: Flight, out: Array, scale: float) -> Summed:
+        payloads = self._exchange.finish(flight.handle)
+        mine = payloads[self._exchange.rank]
+        size = mine.wire_bytes
+        total = sum(p.wire_bytes for p in payloads if p is not None)
+        parts = [_decode(flight, payload) for payload in payloads]
+        summed = Summed(mine.k, size, total - size, [part.values for part in parts])
+        if any(part.nonfinite for part in parts):
+            return summed._replace(nonfinite=True)
+        entries = [(part.indices, part.values) for part in parts]
+        try:
+            kernels_for(out).aggregate(out.reshape(-1), entries, scale, flight.cleared)
+        except ValueError as error:
+            raise PayloadError(f"{flight.tensor.name}: {error}") from None
+        return summed
+
+
+def _decode(flight: Flight, payload: Payload | None) -> Selection:
+    """Its indices too, where they did not travel."""
+    tensor = flight.tensor
+    if payload is None:
+        return _NOTHING._replace(values=_NOTHING.values.astype(tensor.header.wide))
+    # a rank that missed some exchanges is a few steps behind, for once
+    tensor.latest = max(tensor.latest, payload.header.step)
+    if flight.indices is None:
+        return decode(payload)
+    if payload.header.step != tensor.header.step:
+        return with_indices(tensor, payload)
+    return decode(payload)._replace(indices=flight.indices)
+
+
+def _may_join(flight: Flight, out: Array) -> bool:
+    """On the host, unrounded, contiguous, with a k that ranks share."""
+    if flight.cleared or not flight.tensor.plain:
+        return False
+    return isinstance(out, np.ndarray) and is_flat(out)
