@@ -305,10 +305,10 @@ def test_sizes_are_those_that_doors_pad_payloads_to(scheme: Any, dtype: str) -> 
     assert sizes[-1] == 500_000
     assert sizes.size < 60
     for size in sizes[1:-1].tolist():
-        taken = payload_bytes(message.form, dtype, size)
+        taken = payload_bytes(message.form, dtype, message.n, size)
         room = padded_bytes(taken)
         assert taken <= room
-        assert payload_bytes(message.form, dtype, size + 1) > room
+        assert payload_bytes(message.form, dtype, message.n, size + 1) > room
 
 
 def test_the_grid_costs_one_percent_at_most_and_a_thousandth_on_average() -> None:

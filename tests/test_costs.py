@@ -67,7 +67,7 @@ def test_more_elements_never_cost_less_and_filled_ones_no_more(
 
 @given(message=MESSAGES, sizes=SIZES)
 def test_payload_counts_what_is_sent(message: Message, sizes: np.ndarray) -> None:
-    expected = [payload_bytes(message.form, message.dtype, int(k)) for k in sizes]
+    expected = [payload_bytes(*message, int(k)) for k in sizes]
     np.testing.assert_array_equal(Payload().of(sizes, message), expected)
 
 

@@ -122,19 +122,19 @@ class Halves:
     wrong: str = ""
     layout = 201
 
-    def bytes(self, k: Any, dtype: str) -> Any:
+    def bytes(self, k: Any, dtype: str, n: int) -> Any:
         return 6 * k
 
-    def most(self, size: Any, dtype: str) -> Any:
+    def most(self, size: Any, dtype: str, n: int) -> Any:
         return size // 6 - (self.wrong == "most")
 
-    def write(self, out: Any, indices: Any, values: Any) -> Any:
+    def write(self, out: Any, indices: Any, values: Any, n: int) -> Any:
         rounded = values.astype(np.float16)
         out[: rounded.nbytes] = rounded.view(np.uint8)
         out[rounded.nbytes :] = indices.view(np.uint8)
         return values if self.wrong == "rounding" else rounded.astype(values.dtype)
 
-    def read(self, data: Any, k: int, dtype: str) -> Any:
+    def read(self, data: Any, k: int, dtype: str, n: int) -> Any:
         kind = np.float64 if dtype == "float64" else np.float32
         if self.wrong == "dtype":
             kind = np.float16
@@ -261,23 +261,23 @@ def test_formats_keep_their_promises(form: Format, dtype: str) -> None:
     for k in (0, 1, 7, 100):
         indices = np.sort(rng.choice(N, k, replace=False)).astype(np.int32)
         values = rng.standard_normal(k).astype(wide(DTYPES[dtype]))
-        out = np.full(form.bytes(k, dtype), 0xEE, np.uint8)
-        sent = form.write(out, indices, values)
-        found_indices, found_values = form.read(out, k, dtype)
+        out = np.full(form.bytes(k, dtype, N), 0xEE, np.uint8)
+        sent = form.write(out, indices, values, N)
+        found_indices, found_values = form.read(out, k, dtype, N)
         same_bits(found_values, sent)
         if form != ValuesOnly():  # of which every rank knows them
             same_bits(found_indices, indices)
-        assert form.most(out.size, dtype) == k
+        assert form.most(out.size, dtype, N) == k
         if is_plain(form):
             indices_at, values_at = offsets(k, dtype)
             assert out[indices_at:][: 4 * k].tobytes() == indices.tobytes()
             assert out[values_at:][: values.nbytes].tobytes() == values.tobytes()
-    assert form.most(form.bytes(0, dtype) - 1, dtype) < 0
+    assert form.most(form.bytes(0, dtype, N) - 1, dtype, N) < 0
 
 
 def test_a_scale_is_the_mean_magnitude() -> None:
     values = np.array([3.0, -1.0, 0.0, -6.0], np.float32)
-    out = np.empty(Sign().bytes(4, "float32"), np.uint8)
-    sent = Sign().write(out, np.arange(4, dtype=np.int32), values)
+    out = np.empty(Sign().bytes(4, "float32", N), np.uint8)
+    sent = Sign().write(out, np.arange(4, dtype=np.int32), values, N)
     assert sent.tolist() == [2.5, -2.5, 2.5, -2.5]
     assert math.isclose(np.abs(sent - values).sum(), 0.5 + 1.5 + 2.5 + 3.5)

@@ -119,7 +119,7 @@ def test_a_frame_takes_a_header_and_a_byte_a_tensor(headers: list[Header]) -> No
 @given(HEADERS)
 def test_one_alone_takes_what_it_is_said_to_take(headers: list[Header]) -> None:
     first = headers[0]
-    size = payload_bytes(first.form, first.dtype, first.k)
+    size = payload_bytes(first.form, first.dtype, first.n, first.k)
     assert Frame(named([first])).size == size
 
 

@@ -37,8 +37,11 @@ def test_counted_bytes_match_the_model_exactly(ranks: int) -> None:
             assert len(found["bytes"][scheme]) == SIZES
             for name, (sent, received) in found["bytes"][scheme].items():
                 k = elements(DENSITY, int(name))
-                assert received == STEPS * allgather(ranks, k, form=form).bytes
-                assert sent == STEPS * payload_bytes(form, "float32", k)
+                assert (
+                    received
+                    == STEPS * allgather(ranks, k, n=int(name), form=form).bytes
+                )
+                assert sent == STEPS * payload_bytes(form, "float32", int(name), k)
         for name, touched in found["unions"].items():
             n, k = int(name), elements(DENSITY, int(name))
             assert touched <= min(n, ranks * k)

@@ -32,7 +32,7 @@ def test_sparse_is_chosen_exactly_where_its_bytes_are_fewer(
 
     def cheaper(k: int) -> bool:
         # P payloads in an allgather against a ring allreduce, both times P / (P - 1)
-        return payload_bytes(form, dtype, k) * max(size, 2) < 2 * n * itemsize
+        return payload_bytes(form, dtype, n, k) * max(size, 2) < 2 * n * itemsize
 
     limit = WhenCheaper().limit(n, dtype, itemsize, form, size)
     assert limit <= n

@@ -63,7 +63,7 @@ def _coarse(cost: Cost, message: Message, most: int) -> tuple[Sizes, Any]:
     """Sizes up to most, ascending, each with its cost: a quarter apart, and filled."""
     sizes, size = [1], 64
     while sizes[-1] < most:
-        fitting = most_elements(message.form, message.dtype, size)
+        fitting = most_elements(*message, size)
         sizes.append(min(max(fitting, 1), most))
         size = padded_bytes(size + 1)
     coarse = np.array(sizes, np.int64)

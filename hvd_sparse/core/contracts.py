@@ -246,15 +246,15 @@ class Format(Protocol):
     @property
     def layout(self) -> int: ...  # noqa: D102  # see above
 
-    def bytes(self, k: Any, dtype: str) -> Any:
-        """Bytes of k entries of a gradient of this dtype; k a number or an array."""
+    def bytes(self, k: Any, dtype: str, n: int) -> Any:
+        """Bytes of k entries of a gradient of n elements; k a number or an array."""
         ...
 
-    def most(self, size: Any, dtype: str) -> Any:
+    def most(self, size: Any, dtype: str, n: int) -> Any:
         """The most entries that size bytes have room for; negative if not even 0."""
         ...
 
-    def write(self, out: Array, indices: Array, values: Array) -> Array:
+    def write(self, out: Array, indices: Array, values: Array, n: int) -> Array:
         """Overwrites out, (bytes,) uint8, with (k,) entries, which are on the host.
 
         Returns:
@@ -262,7 +262,7 @@ class Format(Protocol):
         """
         ...
 
-    def read(self, data: Array, k: int, dtype: str) -> tuple[Array, Array]:
+    def read(self, data: Array, k: int, dtype: str, n: int) -> tuple[Array, Array]:
         """Of k entries: (k,) int32 indices, none if they did not travel, and values."""
         ...
 

@@ -86,11 +86,11 @@ class Payload:
 
     def bytes(self, sizes: Array, message: Message) -> Array:
         """Bytes of payloads of so many elements."""
-        return np.asarray(payload_bytes(message.form, message.dtype, sizes))
+        return np.asarray(payload_bytes(*message, sizes))
 
     def elements(self, sizes: Array, message: Message) -> Array:
         """The most elements whose payload has at most so many bytes."""
-        return np.asarray(most_elements(message.form, message.dtype, sizes))
+        return np.asarray(most_elements(*message, sizes))
 
     def of(self, sizes: Array, message: Message) -> Array:
         """Bytes, as a cost."""

@@ -27,6 +27,7 @@ _INDEX: Any = np.dtype("<i4")
 _INDEX_BYTES = 4
 _VALUES: dict[int, Any] = {4: np.dtype("<f4"), 8: np.dtype("<f8")}
 _SIGN = np.uint32(1 << 31)
+_TRIED = 100_000  # elements of a gradient with which a format is tried
 
 
 def value_bytes(dtype: str) -> int:
@@ -39,27 +40,27 @@ class Float32:
     """Values as they are: float32, or float64 for a float64 gradient.
 
     Example:
-        >>> Float32().bytes(10, "float32")
+        >>> Float32().bytes(10, "float32", n=1000)
         80
     """
 
     layout = 1
 
-    def bytes(self, k: Any, dtype: str) -> Any:
+    def bytes(self, k: Any, dtype: str, n: int) -> Any:
         """Bytes of k values and k indices."""
         return k * (value_bytes(dtype) + _INDEX_BYTES)
 
-    def most(self, size: Any, dtype: str) -> Any:
+    def most(self, size: Any, dtype: str, n: int) -> Any:
         """The most entries that so many bytes have room for."""
         return size // (value_bytes(dtype) + _INDEX_BYTES)
 
-    def write(self, out: Bytes, indices: Array, values: Array) -> Array:
+    def write(self, out: Bytes, indices: Array, values: Array, n: int) -> Array:
         """Overwrites out; returns the values a receiver will read, these."""
         out[: values.nbytes] = values.view(np.uint8)
         out[values.nbytes :] = indices.view(np.uint8)
         return values
 
-    def read(self, data: Bytes, k: int, dtype: str) -> tuple[Array, Array]:
+    def read(self, data: Bytes, k: int, dtype: str, n: int) -> tuple[Array, Array]:
         """Views of the bytes: (k,) indices, (k,) values."""
         end = k * value_bytes(dtype)
         return data[end:].view(_INDEX), data[:end].view(_VALUES[value_bytes(dtype)])
@@ -75,21 +76,21 @@ class ValuesOnly:
 
     layout = 2
 
-    def bytes(self, k: Any, dtype: str) -> Any:
+    def bytes(self, k: Any, dtype: str, n: int) -> Any:
         """Bytes of k values."""
         return k * value_bytes(dtype)
 
-    def most(self, size: Any, dtype: str) -> Any:
+    def most(self, size: Any, dtype: str, n: int) -> Any:
         """The most entries that so many bytes have room for."""
         return size // value_bytes(dtype)
 
-    def write(self, out: Bytes, indices: Array, values: Array) -> Array:
+    def write(self, out: Bytes, indices: Array, values: Array, n: int) -> Array:
         """Overwrites out; returns the values a receiver will read, these."""
         del indices
         out[:] = values.view(np.uint8)
         return values
 
-    def read(self, data: Bytes, k: int, dtype: str) -> tuple[Array, Array]:
+    def read(self, data: Bytes, k: int, dtype: str, n: int) -> tuple[Array, Array]:
         """No indices, and a view of the bytes: (k,) values."""
         del k
         return np.empty(0, _INDEX), data.view(_VALUES[value_bytes(dtype)])
@@ -111,21 +112,21 @@ class Sign:
     Large Scale Machine Learning, 2020, arXiv:2003.06377; see `SignTopK`.
 
     Example:
-        >>> Sign().bytes(10, "float32")
+        >>> Sign().bytes(10, "float32", n=1000)
         44
     """
 
     layout = 3
 
-    def bytes(self, k: Any, dtype: str) -> Any:
+    def bytes(self, k: Any, dtype: str, n: int) -> Any:
         """Bytes of the scale and k words."""
         return value_bytes(dtype) + _INDEX_BYTES * k
 
-    def most(self, size: Any, dtype: str) -> Any:
+    def most(self, size: Any, dtype: str, n: int) -> Any:
         """The most entries that so many bytes have room for; negative if not even 0."""
         return (size - value_bytes(dtype)) // _INDEX_BYTES
 
-    def write(self, out: Bytes, indices: Array, values: Array) -> Array:
+    def write(self, out: Bytes, indices: Array, values: Array, n: int) -> Array:
         """Overwrites out; returns the values a receiver will read, (k,)."""
         scale = mean_magnitude(values)
         out[: scale.nbytes] = scale.view(np.uint8)
@@ -134,7 +135,7 @@ class Sign:
         words[np.signbit(values)] |= _SIGN
         return np.copysign(scale, values)
 
-    def read(self, data: Bytes, k: int, dtype: str) -> tuple[Array, Array]:
+    def read(self, data: Bytes, k: int, dtype: str, n: int) -> tuple[Array, Array]:
         """Copies: (k,) indices, (k,) values."""
         start = value_bytes(dtype)
         words = data[start:].view("<u4")
@@ -180,11 +181,11 @@ def check_format(form: Any) -> None:
             f"got {form!r}"
         )
     for dtype, wide in (("float32", np.float32), ("float64", np.float64)):
-        size = form.bytes(3, dtype)
-        if form.most(size, dtype) < 3:
+        size = form.bytes(3, dtype, _TRIED)
+        most = form.most(size, dtype, _TRIED)
+        if most < 3:
             raise ValueError(
-                f"{form!r}: {size} bytes of 3 entries must have room for 3, got "
-                f"{form.most(size, dtype)}"
+                f"{form!r}: {size} bytes of 3 entries must have room for 3, got {most}"
             )
         indices = np.array([2, 3, 65_536], np.int32)
         sent, found = _there_and_back(form, indices, np.array([3.1, -1, 1e-3], wide))
@@ -204,8 +205,9 @@ def _there_and_back(
 ) -> tuple[Array, tuple[Array, Array]]:
     """What it says that a receiver reads, and what a receiver reads."""
     k, dtype = len(values), str(values.dtype)
-    out = np.zeros(form.bytes(k, dtype), np.uint8)
-    return form.write(out, indices, values), form.read(out, k, dtype)
+    out = np.zeros(form.bytes(k, dtype, _TRIED), np.uint8)
+    sent = form.write(out, indices, values, _TRIED)
+    return sent, form.read(out, k, dtype, _TRIED)
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -93,7 +93,7 @@ class Layout:
         What belongs to no tensor counts with the first.
         """
         pairs = zip(headers, ks, strict=True)
-        sizes = [entry_bytes(h.form, h.dtype, k) for h, k in pairs]
+        sizes = [entry_bytes(h.form, h.dtype, h.n, k) for h, k in pairs]
         shares = [
             s + MARK_BYTES + 4 * h.varies for s, h in zip(sizes, headers, strict=True)
         ]

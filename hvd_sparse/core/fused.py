@@ -81,7 +81,7 @@ class _Room:
 
     def __init__(self, headers: Sequence[Header]) -> None:
         """Of these tensors, in this order; the steps of the headers do not matter."""
-        sizes = [entry_bytes(h.form, h.dtype, h.k) for h in headers]
+        sizes = [entry_bytes(h.form, h.dtype, h.n, h.k) for h in headers]
         # (payloads, 3) int64: where indices and values begin in the entries, and k
         self._places = np.array([_places(header) for header in headers])
         self._bounds = np.concatenate([[0], np.cumsum(sizes)])

@@ -16,6 +16,7 @@ from hvd_sparse.core.contracts import Array, Format, PayloadError, Selection
 Bytes = npt.NDArray[np.uint8]
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+MOST_ELEMENTS = 2**31 - 1  # of a gradient: indices are int32
 HEADER_BYTES = 32  # that a tensor takes beside its entries if it travels alone
 
 
@@ -80,25 +81,26 @@ class Raised:
     frame_bytes: int | None = None
 
 
-def entry_bytes(form: Format, dtype: str, k: Any) -> Any:
-    """Bytes of k entries, filled up; k a number or an array."""
-    return -(-form.bytes(k, dtype) // 8) * 8
+def entry_bytes(form: Format, dtype: str, n: int, k: Any) -> Any:
+    """Bytes of k entries of n elements, filled up; k a number or an array."""
+    return -(-form.bytes(k, dtype, n) // 8) * 8
 
 
-def payload_bytes(form: Format, dtype: str, k: Any) -> Any:
+def payload_bytes(form: Format, dtype: str, n: int, k: Any) -> Any:
     """Bytes on the wire of k entries of a tensor that travels alone.
 
     Args:
         form: of the entries.
         dtype: the gradient's.
+        n: its elements.
         k: a number, or an array of them, for each of which to answer.
     """
-    return HEADER_BYTES + entry_bytes(form, dtype, k)
+    return HEADER_BYTES + entry_bytes(form, dtype, n, k)
 
 
-def most_elements(form: Format, dtype: str, size: Any) -> Any:
+def most_elements(form: Format, dtype: str, n: int, size: Any) -> Any:
     """The largest k for which `payload_bytes` is at most size; negative if none is."""
-    return form.most(size // 8 * 8 - HEADER_BYTES, dtype)
+    return form.most(size // 8 * 8 - HEADER_BYTES, dtype, n)
 
 
 def encode(
@@ -116,12 +118,12 @@ def encode(
         The payload, and `selection.values` itself where the format does not round.
     """
     indices, values = _on_host(selection.indices), _on_host(selection.values)
-    form, dtype, k = header.form, header.dtype, values.shape[0]
-    size, end = entry_bytes(form, dtype, k), form.bytes(k, dtype)
+    form, dtype, n, k = header.form, header.dtype, header.n, values.shape[0]
+    size, end = entry_bytes(form, dtype, n, k), form.bytes(k, dtype, n)
     out = None if memory is None else memory.entries
     if out is None or out.size != size:
         out = np.empty(size, np.uint8)
-    sent = form.write(out[:end], indices, values)
+    sent = form.write(out[:end], indices, values, n)
     if end < size:
         out[end:] = 0
     payload = Payload(header, k, bool(selection.nonfinite), out)
@@ -136,8 +138,9 @@ def decode(payload: Payload) -> Selection:
     Its indices are empty where every rank knows them.
     """
     header, k = payload.header, payload.k
-    form, dtype = header.form, header.dtype
-    indices, values = form.read(payload.entries[: form.bytes(k, dtype)], k, dtype)
+    form, dtype, n = header.form, header.dtype, header.n
+    data = payload.entries[: form.bytes(k, dtype, n)]
+    indices, values = form.read(data, k, dtype, n)
     if values.shape != (k,) or indices.shape not in ((k,), (0,)):
         raise PayloadError(f"{form!r}: read must give {k} entries")
     return Selection(indices, values, int(payload.nonfinite))

@@ -31,7 +31,7 @@ from hvd_sparse.core.contracts import (
 )
 from hvd_sparse.core.flight import Tensor
 from hvd_sparse.core.formats import check_format, is_plain
-from hvd_sparse.core.payload import DTYPES, Header
+from hvd_sparse.core.payload import DTYPES, MOST_ELEMENTS, Header
 from hvd_sparse.core.routing import Dense, Never, WhenCheaper
 from hvd_sparse.core.sparsifiers import (
     check_density,
@@ -42,7 +42,6 @@ from hvd_sparse.core.sparsifiers import (
 from hvd_sparse.kernels.host import is_one_part
 
 ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-MOST_ELEMENTS = 2**31 - 1
 
 
 class Plan:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from hvd_sparse.core.contracts import Format
 from hvd_sparse.core.formats import Float32
-from hvd_sparse.core.payload import payload_bytes
+from hvd_sparse.core.payload import MOST_ELEMENTS, payload_bytes
 
 _PLAIN = Float32()
 
@@ -60,10 +60,15 @@ class Transfer:
 
 
 def allgather(
-    ranks: int, k: int, *, dtype: str = "float32", form: Format = _PLAIN
+    ranks: int,
+    k: int,
+    *,
+    n: int = MOST_ELEMENTS,
+    dtype: str = "float32",
+    form: Format = _PLAIN,
 ) -> Transfer:
-    """The payloads of k elements of all ranks, to all ranks: grows with the ranks."""
-    payload = payload_bytes(form, dtype, k)
+    """The payloads of k of n elements of all ranks, to all ranks: grows with them."""
+    payload = payload_bytes(form, dtype, n, k)
     return Transfer(ranks - 1, (ranks - 1) * payload)
 
 
@@ -87,7 +92,7 @@ def split_allreduce(ranks: int, n: int, k: int, *, dtype: str = "float32") -> Tr
     SparCML's split allgather: entries go to the rank that has their part, sums come
     back to all; dense once the union takes more bytes so. Headers are not counted.
     """
-    entry = _PLAIN.bytes(1, dtype)
+    entry = _PLAIN.bytes(1, dtype, n)
     sums = min(union(ranks, n, k) * entry, n * (entry - 4))
     share = (ranks - 1) / ranks
     return Transfer(2 * (ranks - 1), share * (k * entry + sums))
@@ -98,5 +103,5 @@ def most_ranks(n: int, k: int, *, itemsize: int = 4) -> int:
 
     From (P - 1) payload < 2 (P - 1) n itemsize / P; what `WhenCheaper` decides by.
     """
-    payload: int = payload_bytes(_PLAIN, "float32", k)
+    payload: int = payload_bytes(_PLAIN, "float32", n, k)
     return (2 * n * itemsize - 1) // payload

@@ -24,7 +24,7 @@ class WhenCheaper:
         """The largest k for which sparse is cheaper; negative if none is."""
         dense = 2 * n * itemsize
         payload = (dense - 1) // max(size, 2)  # strictly smaller
-        return min(n, int(most_elements(form, dtype, payload)))
+        return min(n, int(most_elements(form, dtype, n, payload)))
 
 
 @dataclass(frozen=True)

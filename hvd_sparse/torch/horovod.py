@@ -375,7 +375,7 @@ class SparseCompressor:
         """
         with self._lock:
             state = self._path.residuals.state_dict()
-            for context in self._step.waiting.values():
+            for context in self._step.waiting():
                 if not context.place.changed:
                     _add_waiting(state["tensors"][context.name], context)
             return as_tensors(state)

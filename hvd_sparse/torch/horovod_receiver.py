@@ -54,7 +54,8 @@ class Receiver:
         Raises:
             BaseException: what failed; `fail` must follow.
         """
-        self._sender.flush()  # their batches lack a member
+        if not self._step.arriving or ctx.waits:
+            self._sender.flush()  # their batches lack a member
         failure = self._step.failure
         if failure is not None and failure.told:
             raise failure.error

@@ -79,9 +79,7 @@ class Sender:
             context.flight.depart()
             return reduced, context
         due = self._exchange.announce(name)
-        if known.grouped and self._exchange.batched and gradient.is_contiguous():
-            step.waiting[name] = context
-        else:
+        if not (known.grouped and self._exchange.batched and gradient.is_contiguous()):
             self._send_alone(context)
         if due:
             self._send_together(due)
@@ -89,12 +87,12 @@ class Sender:
 
     def flush(self) -> None:
         """Results are asked for: what waits for others, which do not come, leaves."""
-        self._send_together(sorted(self._step.waiting))
+        self._send_together(sorted(context.name for context in self._step.waiting()))
 
     def _send_together(self, names: Iterable[str]) -> None:
         """Send those of these tensors that wait."""
-        waiting = self._step.waiting
-        contexts = [waiting.pop(name) for name in names if name in waiting]
+        under_way = self._step.under_way
+        contexts = [c for n in names if (c := under_way.get(n)) and c.waits]
         if not contexts:  # most often
             return
         try:
@@ -176,7 +174,6 @@ class Sender:
         if context is None:
             self._watchdog.sent(name, 0)
             context = step.under_way[name] = Context(name, Place(gradient, None))
-        step.waiting.pop(name, None)
         if context.excused or context.phase not in _THERE:
             return self._exchange.to_reduce(name), context
         step.keep(context)

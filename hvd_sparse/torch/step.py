@@ -55,6 +55,11 @@ class Context:
         return Phase.FILLING if self.flight is None else self.flight.phase
 
     @property
+    def waits(self) -> bool:
+        """Whether it is to leave with the last one of its batch."""
+        return self.phase is Phase.FILLING and not self.excused
+
+    @property
     def sent(self) -> Flight:
         """The flight of a gradient that is on its way."""
         if self.flight is None:
@@ -115,7 +120,6 @@ class Step:
     Attributes:
         places: where they lie.
         under_way: by name; there is no result yet.
-        waiting: those of them that wait for the last one of their batch.
         idle: of parameters of which nothing is sent.
         arrived: results are there, and may be taken back.
         arriving: results are asked for.
@@ -131,7 +135,6 @@ class Step:
 
     def _clear(self) -> None:
         self.under_way: dict[str, Context] = {}
-        self.waiting: dict[str, Context] = {}
         self.idle: dict[str, Idle] = {}
         self.arrived: list[Context] = []
         self.arriving = False
@@ -141,6 +144,10 @@ class Step:
     def is_empty(self) -> bool:
         """The next gradient is the first one of a step."""
         return not (self.under_way or self.idle or self.arrived)
+
+    def waiting(self) -> list[Context]:
+        """Those that wait for the last one of their batch."""
+        return [context for context in self.under_way.values() if context.waits]
 
     def __contains__(self, name: str) -> bool:
         """Whether it was given, and its result has not been asked for."""
@@ -197,7 +204,7 @@ class Step:
     def roll_back(self) -> None:
         """Nothing of it counts: what was sent is back in the residuals."""
         contexts = [*self.arrived, *self.under_way.values()]
-        waiting = list(self.waiting.values())
+        waiting = self.waiting()
         self._leave(list(self.under_way.values()))
         try:
             self._path.roll_back([c.flight for c in contexts if c.flight is not None])
@@ -218,9 +225,9 @@ class Step:
             return
         self.failure = None
         self._leave([context])
-        if self.waiting.pop(name, None) is None:
-            self._path.roll_back([context.flight] if context.flight else [])
-        elif not np.may_share_memory(context.array, viewed(gradient)):
+        if context.flight is not None:
+            self._path.roll_back([context.flight])
+        elif context.waits and not np.may_share_memory(context.array, viewed(gradient)):
             self._path.keep(name, context.array)
 
     def forget(self) -> None:
