@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from hvd_sparse.core.last_words import flush_output
 
@@ -89,7 +90,7 @@ class Watchdog:
                 return
             if waited >= WARNING_S and not warned:
                 warned = True
-                log.warning("%s", self._said("has waited", waited))
+                _log(logging.WARNING, self._said("has waited", waited))
 
     def _said(self, what: str, waited: float) -> str:
         waits = list(self._waits.items()) or [("no tensor", 0)]
@@ -105,7 +106,7 @@ class Watchdog:
         """Free the blocked threads; end the process where that does not help."""
         said = self._said("gave up after", waited)
         self.gave_up = f"{said} (timeout_s={self._timeout_s:g})"
-        log.error("%s; shutting Horovod down", self.gave_up)
+        _log(logging.ERROR, f"{self.gave_up}; shutting Horovod down")
         over = threading.Event()
         deadline = time.monotonic() + _LAST_S
         # before anything is freed: a thread that is may leave at once
@@ -115,7 +116,8 @@ class Watchdog:
         while time.monotonic() < deadline:
             if self._stopped.wait(0.1) or not self._waiting():
                 return
-        log.error("rank %d is still blocked in Horovod; ending it", self._rank())
+        blocked = f"rank {self._rank()} is still blocked in Horovod; ending it"
+        _log(logging.ERROR, blocked)
         _end()
 
     def _shut_down(self, over: threading.Event) -> None:
@@ -123,6 +125,11 @@ class Watchdog:
             self._shutdown()
         finally:
             over.set()
+
+
+def _log(level: int, text: str) -> None:
+    with suppress(Exception):  # of a user's filter: the watch must go on
+        log.log(level, "%s", text)
 
 
 def _leave(over: threading.Event, deadline: float) -> None:

@@ -54,6 +54,20 @@ def test_it_gives_up_and_names_tensor_rank_step_and_seconds(
     assert any(dog.gave_up in record.getMessage() for record in caplog.records)
 
 
+def test_it_gives_up_where_a_filter_of_the_log_raises(
+    dog: Watchdog, thread: Blocked
+) -> None:
+    def broken(record: logging.LogRecord) -> bool:
+        raise ZeroDivisionError
+
+    watchdog.log.addFilter(broken)
+    try:
+        dog.sent("weight", 7)
+        assert thread.freed.wait(SOON_S)
+    finally:
+        watchdog.log.removeFilter(broken)
+
+
 def test_what_came_back_is_not_waited_for(dog: Watchdog, thread: Blocked) -> None:
     dog.sent("weight", 0)
     dog.received("weight")

@@ -225,18 +225,24 @@ def draw16(typingctx: Any, sums: Any, at: Any, rate: Any, seed: Any, index: Any)
     return signature, codegen
 
 
+def _store_zeros(
+    context: Any, builder: Any, array_type: Any, arguments: Any, align: int
+) -> Any:
+    """The store of 16 zeros into an array at an index: arguments are both."""
+    array, at = arguments
+    data = context.make_array(array_type)(context, builder, array).data
+    element = context.get_value_type(array_type.dtype)
+    target = _vector_at(builder, builder.gep(data, [at]), element)
+    return builder.store(ir.Constant(target.type.pointee, None), target, align=align)
+
+
 @intrinsic
 def clear16(typingctx: Any, out: Any, at: Any) -> Any:
     """Overwrites 16 elements of out with 0."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array_type = signature.args[0]
-        array, at = arguments
-        data = context.make_array(array_type)(context, builder, array).data
-        element = context.get_value_type(array_type.dtype)
-        target = _vector_at(builder, builder.gep(data, [at]), element)
-        zeros = ir.Constant(target.type.pointee, None)
-        builder.store(zeros, target, align=array_type.dtype.bitwidth // 8)
+        align = signature.args[0].dtype.bitwidth // 8
+        _store_zeros(context, builder, signature.args[0], arguments, align)
         return context.get_dummy_value()
 
     return types.void(out, types.int64), codegen
@@ -252,12 +258,7 @@ def stream_zeros16(typingctx: Any, out: Any, at: Any) -> Any:
     """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array_type = signature.args[0]
-        array, at = arguments
-        data = context.make_array(array_type)(context, builder, array).data
-        element = context.get_value_type(array_type.dtype)
-        target = _vector_at(builder, builder.gep(data, [at]), element)
-        store = builder.store(ir.Constant(target.type.pointee, None), target, align=64)
+        store = _store_zeros(context, builder, signature.args[0], arguments, 64)
         mark = builder.module.add_metadata([ir.Constant(_WORD, 1)])
         store.set_metadata("nontemporal", mark)
         return context.get_dummy_value()
