@@ -1,8 +1,7 @@
 """Exchange, under Horovod: how payloads travel.
 
-A Horovod door chooses one of these by its `exchange` argument. What they have in common
-with each other, and what TensorFlow's door needs of them too, is here; what calls
-Horovod is in the doors.
+A user chooses one of these by `exchange=`. What they have in common with each other,
+and what TensorFlow needs of them too, is here; what calls Horovod is in integrations.
 """
 
 from collections.abc import Callable

@@ -83,8 +83,8 @@ class SparseAllreduce:
                 unless given.
             op: hvd_sparse.Average over the ranks of comm, or hvd_sparse.Sum.
             dense: which tensors go dense: WhenCheaper() or Never().
-            values: how values travel: Float32(), or Sign(), which takes half the bytes;
-                unless given as the sparsifier is made for.
+            values: how values travel: Float32(), Sign(), which takes half the bytes, or
+                a Format of your own; unless given as the sparsifier is made for.
             timeout_s: seconds to wait for peers in a step; a warning comes at 60.
             scaler: what has get_scale(), the number that gradients are multiplied with,
                 the same on every rank. A step with a result that is not finite must not
@@ -270,7 +270,7 @@ class SparseAllreduce:
 
         With `scaler=`, what this step sent is put back, as if one of ours were that.
         """
-        self._path.scaling.overflowed = self.is_scaled
+        self._path.scaling.overflow()
 
     def report(self, error: BaseException) -> None:
         """Tell the peers that this rank raised and takes no part in this step.
@@ -349,7 +349,7 @@ class SparseAllreduce:
 
     @contextmanager
     def _nothing_lost(self) -> Iterator[None]:
-        """A failed exchange leaves the residuals as if it had not been tried."""
+        """After an exchange that fails all that was to be sent is in the residuals."""
         try:
             yield
         except BaseException as error:

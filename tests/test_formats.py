@@ -22,6 +22,7 @@ from hvd_sparse import (
     CAT,
     Float32,
     Format,
+    Never,
     PayloadError,
     RandomK,
     Sign,
@@ -129,9 +130,12 @@ class Halves:
         return size // 6 - (self.wrong == "most")
 
     def write(self, out: Any, indices: Any, values: Any, n: int) -> Any:
-        rounded = values.astype(np.float16)
+        if self.wrong == "in place":
+            values *= 2
+        with np.errstate(over="ignore"):
+            rounded = values.astype(np.float16)
         out[: rounded.nbytes] = rounded.view(np.uint8)
-        out[rounded.nbytes :] = indices.view(np.uint8)
+        out[rounded.nbytes :][: indices.nbytes] = indices.view(np.uint8)
         return values if self.wrong == "rounding" else rounded.astype(values.dtype)
 
     def read(self, data: Any, k: int, dtype: str, n: int) -> Any:
@@ -140,10 +144,19 @@ class Halves:
             kind = np.float16
         if self.wrong == "later" and k not in (0, 3):
             k -= 1
+        if self.wrong == "wide later" and k not in (0, 3):
+            kind = np.float16
         values = data[: 2 * k].view(np.float16).astype(kind)
         if self.wrong == "list":
             return [2, 3, 65_536], values
-        return data[2 * k :][: 4 * k].copy().view(np.int32), values
+        indices = data[2 * k :][: 4 * k].copy().view(np.int32)
+        if self.wrong == "none later" and k not in (0, 3):
+            return indices[:0], values
+        if self.wrong == "":  # as of records: neither lies side by side
+            pairs = np.zeros(k, [("v", kind), ("i", np.int32)])
+            pairs["v"], pairs["i"] = values, indices
+            return pairs["i"], pairs["v"]
+        return indices, values
 
     def without_indices(self) -> Any:
         raise ValueError("values=Halves() needs indices that travel")
@@ -154,8 +167,9 @@ class Halves:
     [
         ("most", r"18 bytes of 3 entries must have room for 3, got 2"),
         ("rounding", r"read must give the values that were written, expected .*got"),
-        ("dtype", r"read must give the values that were written, .*float16"),
-        ("list", r"read must give the indices that were written, .*\[2, 3, 65536\]"),
+        ("dtype", r"values must be an array of float32, got .*float16"),
+        ("list", r"indices must be an array of int32, got \[2, 3, 65536\]"),
+        ("in place", r"read-only"),
     ],
 )
 def test_a_format_that_breaks_its_promises_is_refused(wrong: str, said: str) -> None:
@@ -164,10 +178,64 @@ def test_a_format_that_breaks_its_promises_is_refused(wrong: str, said: str) -> 
         GradientPath(TopK(0.1), exchange, values=Halves(wrong))
 
 
-def test_a_format_that_reads_too_few_entries_is_found_out() -> None:
-    ranks = Ranks(RANKS, TopK(0.1), values=Halves("later"))
-    with pytest.raises(PayloadError, match=r"read must give 30 entries"):
-        ranks.step([g.round() + np.float32(0.001) for g in gradients("float32")])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("later", r"must give 30 entries, .*got \(29,\) int32 and \(29,\) float32"),
+        ("wide later", r"must give 30 entries, .*got \(30,\) int32 and .* float16"),
+        ("none later", r"read must give 30 indices, got 0"),
+    ],
+)
+def test_a_format_that_reads_something_else_later_is_found_out(
+    wrong: str, said: str
+) -> None:
+    """In each step: what can not be put back does not stop the next one."""
+    [end] = loopback(1)
+    path = GradientPath(TopK(0.1), end, dense=Never(), values=Halves(wrong))
+    for _ in range(2):
+        flight = send(path, np.ones(N, np.float32))
+        with pytest.raises(PayloadError, match=said):
+            path.receive([flight], [np.empty(N, np.float32)])
+
+
+def test_a_finite_value_that_a_format_makes_infinite_is_refused() -> None:
+    [end] = loopback(1)
+    path = GradientPath(TopK(0.1), end, dense=Never(), values=Halves())
+    gradient = np.full(N, 1e6, np.float32)
+    with pytest.raises(ValueError, match=r"^Halves\(.*write must give finite values"):
+        send(path, gradient)
+    same_bits(path.memory.residuals["w"], gradient)
+
+
+def test_a_format_of_ones_own_has_a_number_of_its_own() -> None:
+    class Taken(Halves):
+        layout = 3
+
+    [end] = loopback(1)
+    with pytest.raises(ValueError, match=r"layout must be .* at least 128, got 3"):
+        GradientPath(TopK(0.1), end, values=Taken())
+
+
+def test_without_indices_must_be_a_format() -> None:
+    class Nothing(Halves):
+        def without_indices(self) -> Any:
+            return None
+
+    [end] = loopback(1)
+    with pytest.raises(TypeError, match=r"must give a Format, got None"):
+        GradientPath(RandomK(0.1), end, values=Nothing())
+
+
+def test_a_format_may_become_another_of_the_same_name() -> None:
+    """As where a cell of a notebook runs again."""
+    for beside in (0, 4):
+
+        class Mine(Halves):
+            def bytes(self, k: Any, dtype: str, n: int, beside: int = beside) -> Any:
+                return 6 * k + beside
+
+        ranks = Ranks(RANKS, TopK(0.1), values=Mine())
+        ranks.step(gradients("float32"))
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))

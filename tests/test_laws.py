@@ -52,6 +52,9 @@ from hvd_sparse import (
 from hvd_sparse.core.memory import ErrorFeedback
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.sparsifiers import elements
+from hvd_sparse.kernels import device
+from hvd_sparse.kernels.contract import NothingAddedError
+from hvd_sparse.kernels.host import candidates
 
 
 def accumulated(residual: np.ndarray | None, gradient: np.ndarray) -> np.ndarray:
@@ -893,6 +896,51 @@ def test_an_error_between_selection_and_exchange_loses_nothing(
         with pytest.raises(MemoryError):
             send(path, gradient)
     np.testing.assert_array_equal(path.memory.residuals["w"], gradient)
+
+
+@pytest.mark.parametrize("sparsifier", [TopK(0.2), Threshold(5.0)], ids=repr)
+@pytest.mark.parametrize("n", [20, 1 << 18])
+def test_a_selection_without_memory_on_the_host_loses_nothing(
+    sparsifier: Any, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Ranks(1, sparsifier).paths[0]
+    gradient = np.arange(1, n + 1, dtype=np.float32)
+    send(path, gradient)  # in place or not, it is in the residual, and then sent
+    path.roll_back([path.plan.tensors["w"].flight])
+    before = path.memory.residuals["w"].copy()
+    buffers, asked = candidates.buffers, []
+
+    def fail_once(*arguments: Any) -> Any:
+        asked.append(arguments)
+        if len(asked) == 1:
+            raise MemoryError
+        return buffers(*arguments)
+
+    monkeypatch.setattr(candidates, "buffers", fail_once)
+    given = gradient.copy()
+    with pytest.raises(MemoryError):
+        send(path, given, in_place=["w"])
+    np.testing.assert_array_equal(path.memory.residuals["w"], before + gradient)
+    assert not given.any()  # all of it is in the residual
+
+
+def test_a_selection_without_memory_on_a_device_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gradient = torch.arange(1, 21, dtype=torch.float32)
+    residual, isfinite = torch.ones(20), torch.Tensor.isfinite
+
+    def fail(self: Any) -> Any:
+        monkeypatch.undo()
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.Tensor, "isfinite", fail)
+    with pytest.raises(NothingAddedError):
+        device.select_top(residual, gradient, 3)
+    assert torch.Tensor.isfinite is isfinite
+    assert (residual == 1).all()
+    device.accumulate(residual, gradient)
+    assert (residual == gradient + 1).all()
 
 
 class Priceless:

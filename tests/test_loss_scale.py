@@ -15,11 +15,10 @@ from laws import (
     receive,
     same_bits,
     send,
-    wide,
 )
 
 from hvd_sparse import Never, PayloadError, SignTopK, Threshold, TopK, WhenCheaper
-from hvd_sparse.core.loss_scale import is_finite, overflows, ratio, scale_of
+from hvd_sparse.core.loss_scale import is_finite, ratio, scale_of
 from hvd_sparse.core.path import GradientPath
 
 SCALES = [1024.0, 1024.0, 512.0, 2048.0, 2.0, 2.0**20]
@@ -253,15 +252,31 @@ def test_finite_is_finite(values: list[float], kernels: Kernels) -> None:
     assert is_finite(kernels.array(array)) == bool(np.isfinite(array).all())
 
 
-def test_sums_that_may_overflow_are_noticed(dtype: np.dtype) -> None:
-    most = float(torch.finfo(getattr(torch, dtype.name)).max)
-    out = np.zeros(3, dtype)
-    half = np.array([most / 2], wide(dtype))
-    assert not overflows([half, half], 1.0, out)
-    assert overflows([half, half, half], 1.0, out)
-    assert not overflows([half, half, half], 1 / 3, out)
-    assert overflows([np.array([np.nan], wide(dtype))], 1.0, out)
-    assert not overflows([half[:0]], 1.0, out)
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("n", [20, 70_000])
+def test_what_overflows_is_noticed_by_all_ranks_also_before_it_is_scaled(
+    n: int, in_place: bool
+) -> None:
+    """The mean of two is in range; their sum, which is made first, is not."""
+    ranks = Ranks(2, TopK(0.2), loss_scale=Scaler())
+    begin(ranks)
+    gradient = np.zeros(n, np.float32)
+    gradient[3] = 3e38
+    step = ranks.step_in_place if in_place else ranks.step
+    outs = step([gradient.copy(), gradient.copy()])
+    assert [as_numpy(out)[3] for out in outs] == [np.inf, np.inf]
+    assert [path.scaling.overflowed for path in ranks.paths] == [True, True]
+    begin(ranks)
+    assert [residual[3] for residual in ranks.residuals()] == [gradient[3]] * 2
+
+
+def test_what_is_in_range_is_no_overflow(dtype: np.dtype) -> None:
+    largest = float(torch.finfo(getattr(torch, dtype.name)).max) / 2
+    ranks = Ranks(2, TopK(1.0), loss_scale=Scaler())
+    begin(ranks)
+    [first, _] = ranks.step([np.full(9, largest, dtype) for _ in range(2)])
+    assert np.isfinite(first.astype(np.float64)).all()
+    assert not any(path.scaling.overflowed for path in ranks.paths)
 
 
 def test_signs_are_put_back_with_what_rounding_kept() -> None:

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 from laws import Loopback, loopback, same_bits
 
-from hvd_sparse import Never, Selection, SignTopK, Sum, Threshold, TopK
+from hvd_sparse import (
+    Never,
+    Selection,
+    SignTopK,
+    Sum,
+    Threshold,
+    TopK,
+    WhenCheaper,
+)
 from hvd_sparse.core.contracts import Summed
 from hvd_sparse.core.memory import ErrorFeedback
 from hvd_sparse.core.path import GradientPath
@@ -193,6 +201,34 @@ def test_a_restart_goes_on_with_the_velocity() -> None:
             same_bits(one[name], other[name])
     for path, other in zip(paths, others, strict=True):
         assert_same(kept(path), kept(other))
+
+
+def test_a_state_can_be_saved_where_a_tensor_goes_dense_or_was_never_sent() -> None:
+    [path] = corrected(1, dense=WhenCheaper())
+    path.admit("d", np.ones(300, np.float32))
+    step_of([path], 0)
+    tensors = path.residuals.state_dict()["tensors"]
+    assert path.plan.tensors["c"].dense
+    assert {n for n, saved in tensors.items() if "beside" in saved} == {"a", "b"}
+
+
+def test_one_that_raises_keeps_no_other_from_the_residual(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    [path] = corrected(1, Fails(0.1))
+    incoming = Velocity.incoming
+
+    def failing(self: Velocity, name: str, gradient: Any) -> Any:
+        if name == "a":
+            raise ZeroDivisionError
+        return incoming(self, name, gradient)
+
+    monkeypatch.setattr(Velocity, "incoming", failing)
+    given = gradients(0, 0)
+    with pytest.raises(ZeroDivisionError):
+        path.send(given)
+    for name in ("b", "c"):
+        same_bits(path.memory.residuals[name], given[name].ravel())
 
 
 def test_a_state_of_another_memory_is_refused_by_name() -> None:

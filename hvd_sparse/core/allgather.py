@@ -10,6 +10,7 @@ import numpy as np
 from hvd_sparse.core.contracts import Array, Exchange, PayloadError, Selection, Summed
 from hvd_sparse.core.flight import Flight, with_indices
 from hvd_sparse.core.fused import Fused, Pair, alike
+from hvd_sparse.core.loss_scale import largest
 from hvd_sparse.core.outbound import is_flat
 from hvd_sparse.core.payload import Payload, decode
 from hvd_sparse.kernels import kernels_for
@@ -20,9 +21,10 @@ _NOTHING = Selection(np.empty(0, np.int32), np.empty(0, np.float32), 0)
 class Allgather:
     """The collective of Alistarh et al., 2018, algorithm 1."""
 
-    def __init__(self, exchange: Exchange) -> None:
-        """Args: exchange: who carries the payloads."""
+    def __init__(self, exchange: Exchange, *, bounded: bool = False) -> None:
+        """Args: bounded: say how large sums may be, for which all values are read."""
         self._exchange = exchange
+        self._bounded = bounded
         self._fused = Fused()
 
     def start(self, flight: Flight) -> None:
@@ -61,7 +63,7 @@ class Allgather:
         size = mine.wire_bytes
         total = sum(p.wire_bytes for p in payloads if p is not None)
         parts = [_decode(flight, payload) for payload in payloads]
-        summed = Summed(mine.k, size, total - size, [part.values for part in parts])
+        summed = Summed(mine.k, size, total - size)
         if any(part.nonfinite for part in parts):
             return summed._replace(nonfinite=True)
         entries = [(part.indices, part.values) for part in parts]
@@ -69,7 +71,9 @@ class Allgather:
             kernels_for(out).aggregate(out.reshape(-1), entries, scale, flight.cleared)
         except ValueError as error:
             raise PayloadError(f"{flight.tensor.name}: {error}") from None
-        return summed
+        if not self._bounded:
+            return summed
+        return summed._replace(bound=sum(largest(part.values) for part in parts))
 
 
 def _decode(flight: Flight, payload: Payload | None) -> Selection:
@@ -80,7 +84,7 @@ def _decode(flight: Flight, payload: Payload | None) -> Selection:
     # a rank that missed some exchanges is a few steps behind, for once
     tensor.latest = max(tensor.latest, payload.header.step)
     if flight.indices is None:
-        return decode(payload)
+        return decode(payload, indexed=True)
     if payload.header.step != tensor.header.step:
         return with_indices(tensor, payload)
     return decode(payload)._replace(indices=flight.indices)

@@ -18,6 +18,7 @@ each in a protocol of its own: `offers` asks for it when a tensor is first seen.
 from collections.abc import Sequence
 from enum import IntEnum
 from functools import cache
+from math import inf
 from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar
 
 Array = Any  # numpy.ndarray or torch.Tensor, which have no type in common
@@ -339,14 +340,14 @@ class Summed(NamedTuple):
         elements: in this rank's payload.
         sent: bytes that this rank has sent.
         received: bytes that came from the others.
-        values: whose sum it is, times the scale; None where that is not known.
+        bound: magnitudes of sums, before they are scaled, are no more than this.
         nonfinite: a rank met elements that were not finite: there is no result.
     """
 
     elements: int
     sent: int
     received: int
-    values: list[Array] | None = None
+    bound: float = inf
     nonfinite: bool = False
 
 

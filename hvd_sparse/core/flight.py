@@ -1,5 +1,6 @@
 """Where a gradient is: a tensor, as ranks treat it, and each of its flights."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -11,11 +12,12 @@ from hvd_sparse.core.payload import Header, Payload, decode
 class Phase(Enum):
     """Of a gradient, from when it is given until it counts, or does not.
 
-    FILLING: nothing of it was touched: its bucket is not complete, or being selected.
+    FILLING: nothing of it was touched: its bucket is not complete.
     SENT: what was selected is in its payload, the rest in the residual.
     ARRIVED: its result is there; the step may still fail as a whole.
-    DONE: it counts.
-    FAILED: it does not; what goes sparse is in the residual, for a later step.
+    DONE: it counts, unless a GradScaler skips the step, which is told in the next.
+    FAILED: it does not; what goes sparse is in the residual, for a later step. Also
+        while it is selected alone: what fails then fails with all in the residual.
     """
 
     FILLING = auto()
@@ -135,7 +137,7 @@ class Flight:
     def commit(self) -> None:
         """The exchange counts, on every rank, also where nothing of it is used."""
         if self.is_out:
-            self.phase = Phase.DONE
+            self.phase, self.handle = Phase.DONE, None
         tensor = self.tensor
         tensor.at_step(max(tensor.latest, tensor.header.step) + 1)
 
@@ -146,17 +148,31 @@ class Flight:
 
     def put_back(self, memory: Memory) -> None:
         """What was sent is back in the residual: nobody uses it."""
-        if not self.tensor.dense:
-            sent = self.selection
-            memory.restore(self.tensor.name, sent.indices, sent.values)
-        self.phase = Phase.FAILED
+        try:
+            if not self.tensor.dense:
+                sent = self.selection
+                memory.restore(self.tensor.name, sent.indices, sent.values)
+        finally:  # or what a user's own part raises stops all steps to come
+            self.phase, self.handle = Phase.FAILED, None
 
     @property
     def selection(self) -> Selection:
         """What this rank has sent."""
         assert self.tensor.payload is not None
-        sent = decode(self.tensor.payload)
+        sent = decode(self.tensor.payload, indexed=self.indices is None)
         return sent if self.indices is None else sent._replace(indices=self.indices)
+
+
+def all_of(calls: Iterable[Callable[[], None]]) -> None:
+    """Make all of these calls, also where one raises; the first error is raised."""
+    errors: list[BaseException] = []
+    for call in calls:
+        try:
+            call()
+        except BaseException as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def with_indices(tensor: Tensor, payload: Payload) -> Selection:

@@ -61,14 +61,14 @@ class Inbound:
 
     def _look_at(self, flight: Flight, out: Array, summed: Summed) -> None:
         """What is not finite nobody applies, so everybody keeps what they sent."""
-        elements, sent, received, values, nonfinite = summed
+        elements, sent, received, bound, nonfinite = summed
         self._traffic.count(flight.tensor, elements, sent, received)
         if nonfinite:
             flight.roll_back(self._memory)
-            self._scaling.overflowed = self._scaling.is_used
+            self._scaling.overflow()
             out[...] = float("nan")
         else:
-            self._scaling.look_at(out, values)
+            self._scaling.look_at(out, bound)
 
     def _hand_back_dense(self, flight: Flight, out: Array) -> None:
         """The library's own sum; averaged as the sparse one is."""

@@ -52,7 +52,8 @@ class LossScale:
         self.put_back()
         self.overflowed = False
         for tensor in self._plan.tensors.values():
-            tensor.flight = None
+            if not tensor.is_out:
+                tensor.flight = None
         scale = self._ask()
         if scale != self._plan.loss_scale:
             self._follow(scale, waiting)
@@ -80,16 +81,21 @@ class LossScale:
             if flight is not None and flight.phase is Phase.DONE:
                 flight.put_back(self._kept.memory)
 
-    def look_at(self, out: Array, values: list[Array] | None = None) -> None:
+    def overflow(self) -> None:
+        """Some result is not finite: a scaler, if there is one, skips this step."""
+        self.overflowed = self.is_used
+
+    def look_at(self, out: Array, bound: float = math.inf) -> None:
         """Note whether a result overflowed.
 
         Args:
             out: the result.
-            values: what it is the scaled sum of; None where that is not known.
+            bound: of the magnitudes of what it is, before that was scaled.
         """
         if not self.is_used:
             return
-        possible = values is None or overflows(values, self._plan.scale, out)
+        # sums are made before they are scaled, in a dtype as wide as the result's
+        possible = not bound * max(self._plan.scale, 1.0) <= _most(out)  # nor is NaN
         if possible and not is_finite(out):
             self.overflowed = True
 
@@ -134,19 +140,13 @@ def multiply(kept: dict[str, list[Array]], factor: float) -> None:
     """
     for name, arrays in kept.items():
         for array in arrays:
-            if array.shape[0] and _largest(array) * factor > _most(array):
+            if largest(array) * factor > _most(array):
                 raise ValueError(
                     f"{name}: residual overflows where the loss scale grows by "
                     f"{factor:g}"
                 )
     for array in chain.from_iterable(kept.values()):
         array *= factor
-
-
-def overflows(values: list[Array], scale: float, out: Array) -> bool:
-    """Whether the scaled sum of such values may be infinite in the dtype of out."""
-    most = sum(_largest(array) * scale for array in values if array.shape[0])
-    return not most <= _most(out)  # nor is NaN
 
 
 def is_finite(array: Array) -> bool:
@@ -159,8 +159,10 @@ def is_finite(array: Array) -> bool:
     return math.isfinite(float(abs(wide).max()))
 
 
-def _largest(array: Array) -> float:
-    """The largest magnitude, from both ends: no temporary."""
+def largest(array: Array) -> float:
+    """The largest magnitude, from both ends: no temporary; 0 of none."""
+    if not array.shape[0]:
+        return 0.0
     return max(-float(array.min()), float(array.max()))
 
 

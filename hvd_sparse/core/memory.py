@@ -78,7 +78,9 @@ class Kept:
 
     def beside(self, name: str) -> dict[str, Array]:
         """What a memory keeps beside the residual."""
-        return {} if self._correcting is None else self._correcting.beside(name)
+        if self._correcting is None or name not in self.memory.residuals:
+            return {}
+        return self._correcting.beside(name)
 
     def arrays(self, name: str) -> list[Array]:
         """The residual first, and what is beside it; of one that is known."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Container, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,12 @@ from hvd_sparse.core.contracts import (
     Observer,
     Selection,
 )
-from hvd_sparse.core.flight import Flight, Phase, Tensor
+from hvd_sparse.core.flight import Flight, Phase, Tensor, all_of
 from hvd_sparse.core.fused import Fused, Pair, alike
 from hvd_sparse.core.memory import Kept
 from hvd_sparse.core.payload import Payload, encode
 from hvd_sparse.kernels import kernels_for
+from hvd_sparse.kernels.contract import NothingAddedError
 
 _CACHED = 1 << 16  # elements, below which another pass over a gradient costs little
 
@@ -84,7 +86,11 @@ class Outbound:
                 in_place and tensor.clears and is_flat(gradient) and incoming is flat
             )
             out = flat if flight.cleared else None
-            selection = tensor.select(residual, incoming, out)
+            try:
+                selection = tensor.select(residual, incoming, out)
+            except NothingAddedError as error:
+                self._kept.add(tensor.name, gradient, incoming)
+                raise error.__cause__ or error from None
         else:
             selection = _select_by_users(tensor, residual, incoming)
         tensor.chosen = selection.indices.shape[0]
@@ -122,15 +128,17 @@ class Outbound:
 
     def keep(self, bucket: Sequence[Pair], in_place: Container[str]) -> None:
         """The bucket does not leave: all that goes sparse waits in the residuals."""
-        for flight, gradient in bucket:
-            tensor = flight.tensor
-            flight.roll_back(self._memory)
-            if tensor.dense:
-                continue
-            if flight.phase is Phase.FILLING:
-                self._kept.accumulate(tensor.name, _flat(gradient))
-            if tensor.name in in_place:
-                gradient[...] = 0
+        all_of(partial(self._keep, *pair, in_place) for pair in bucket)
+
+    def _keep(self, flight: Flight, gradient: Array, in_place: Container[str]) -> None:
+        tensor = flight.tensor
+        flight.roll_back(self._memory)
+        if tensor.dense:
+            return
+        if flight.phase is Phase.FILLING:
+            self._kept.accumulate(tensor.name, _flat(gradient))
+        if tensor.name in in_place:
+            gradient[...] = 0
 
 
 def _select_by_users(tensor: Tensor, residual: Array, incoming: Array) -> Selection:

@@ -21,6 +21,7 @@ before its data is used.
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from functools import partial
 
 from hvd_sparse.core.allgather import Allgather
 from hvd_sparse.core.contracts import (
@@ -33,7 +34,7 @@ from hvd_sparse.core.contracts import (
     PayloadError,
     Sparsifier,
 )
-from hvd_sparse.core.flight import Flight, Phase, Tensor
+from hvd_sparse.core.flight import Flight, Phase, Tensor, all_of
 from hvd_sparse.core.formats import Values
 from hvd_sparse.core.inbound import Inbound
 from hvd_sparse.core.loss_scale import LossScale
@@ -47,7 +48,7 @@ from hvd_sparse.core.undo import Undo
 
 
 class GradientPath:
-    """Nothing is lost, replicas agree bitwise (laws 1 and 2 of the design)."""
+    """Nothing is lost, and replicas agree bitwise."""
 
     def __init__(
         self,
@@ -92,7 +93,7 @@ class GradientPath:
         self._undo = Undo(self.plan, kept) if undo else None
         parts = exchange, self.traffic, self.scaling
         self.residuals = Residuals(self.plan, kept, *parts, self._undo)
-        by = collective or Allgather(exchange)
+        by = collective or Allgather(exchange, bounded=loss_scale is not None)
         self._there = Outbound(kept, exchange, by, observers)
         self._back = Inbound(self.plan, self.memory, by, *parts, observers)
 
@@ -186,8 +187,7 @@ class GradientPath:
 
     def roll_back(self, flights: Sequence[Flight]) -> None:
         """Put back what was sent when its exchange failed: nothing is lost."""
-        for flight in flights:
-            flight.roll_back(self.memory)
+        all_of(partial(flight.roll_back, self.memory) for flight in flights)
 
     def keep(self, name: str, gradient: Array) -> Flight:
         """Accumulate and send nothing: a step was given up before it was sent."""

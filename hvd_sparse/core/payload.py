@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvd_sparse.core.contracts import Array, Format, PayloadError, Selection
+from hvd_sparse.core.format_checks import read_entries
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -116,6 +117,9 @@ def encode(
 
     Returns:
         The payload, and `selection.values` itself where the format does not round.
+
+    Raises:
+        ValueError: a format of a user's own makes something else of finite values.
     """
     indices, values = _on_host(selection.indices), _on_host(selection.values)
     form, dtype, n, k = header.form, header.dtype, header.n, values.shape[0]
@@ -124,6 +128,8 @@ def encode(
     if out is None or out.size != size:
         out = np.empty(size, np.uint8)
     sent = form.write(out[:end], indices, values, n)
+    if sent is not values and not np.isfinite(sent).all():
+        raise ValueError(f"{form!r}: write must give finite values of finite ones")
     if end < size:
         out[end:] = 0
     payload = Payload(header, k, bool(selection.nonfinite), out)
@@ -132,17 +138,21 @@ def encode(
     )
 
 
-def decode(payload: Payload) -> Selection:
+def decode(payload: Payload, *, indexed: bool = False) -> Selection:
     """The selection in a payload, as views of its bytes where they are not packed.
 
     Its indices are empty where every rank knows them.
+
+    Raises:
+        PayloadError: a format of a user's own gives something else than k entries, or,
+            of a payload that is `indexed`, no indices.
     """
     header, k = payload.header, payload.k
     form, dtype, n = header.form, header.dtype, header.n
     data = payload.entries[: form.bytes(k, dtype, n)]
-    indices, values = form.read(data, k, dtype, n)
-    if values.shape != (k,) or indices.shape not in ((k,), (0,)):
-        raise PayloadError(f"{form!r}: read must give {k} entries")
+    indices, values = read_entries(form, data, k, dtype, n)
+    if indexed and indices.size != k:
+        raise PayloadError(f"{form!r}: read must give {k} indices, got {indices.size}")
     return Selection(indices, values, int(payload.nonfinite))
 
 

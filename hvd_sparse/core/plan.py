@@ -30,7 +30,8 @@ from hvd_sparse.core.contracts import (
     offers,
 )
 from hvd_sparse.core.flight import Tensor
-from hvd_sparse.core.formats import check_format, is_plain
+from hvd_sparse.core.format_checks import check_format
+from hvd_sparse.core.formats import is_ours, is_plain
 from hvd_sparse.core.payload import DTYPES, MOST_ELEMENTS, Header
 from hvd_sparse.core.routing import Dense, Never, WhenCheaper
 from hvd_sparse.core.sparsifiers import (
@@ -181,7 +182,11 @@ class Plan:
 
     def _set_digest(self, tensor: Tensor) -> None:
         """64 bits that stand for all that ranks must have alike for this tensor."""
-        k, layout, agreed = tensor.header.k, tensor.header.form.layout, self.agreed
+        _, dtype, n, k, *_ = tensor.header
+        form, agreed = tensor.header.form, self.agreed
+        # of one's own a class of the same name may be another by now
+        ours = is_ours(form)
+        layout = form.layout if ours else (form.layout, int(form.bytes(k, dtype, n)))
         text = repr(
             (tensor.name, tensor.shape, tensor.dtype, k, layout, agreed)
         ).encode()
@@ -243,7 +248,12 @@ class Plan:
 def _format(sparsifier: Sparsifier, values: Format | None) -> Format:
     """Of payloads: their values, and indices unless every rank knows them."""
     form = format_of(sparsifier, values)
-    return form.without_indices() if _is_shared(sparsifier) else form
+    if not _is_shared(sparsifier):
+        return form
+    bare = form.without_indices()
+    if not offers(bare, Format):
+        raise TypeError(f"{form!r}: without_indices must give a Format, got {bare!r}")
+    return bare
 
 
 def _is_proved(sparsifier: Sparsifier) -> TypeGuard[Proved]:

@@ -155,14 +155,17 @@ class Residuals:
 
     def take(self, name: str) -> Array | None:
         """The whole residual of a tensor that goes dense by now; it is gone then."""
-        residual = self._memory.residuals.pop(name, None)
+        residual = self._memory.residuals.get(name)
+        self._kept.forget(name)
         if self._undo and residual is not None:
             self._undo.took(name, residual)
         return residual
 
     def forget(self, name: str) -> None:
         """Drop what is kept of a tensor that is gone; it is not under way."""
-        self._plan.tensors.pop(name, None)
+        tensor = self._plan.tensors.pop(name, None)
+        if tensor is not None:
+            tensor.flight = None  # which knows it
         self._kept.forget(name)
         if self._undo:
             self._undo.forget(name)

@@ -8,6 +8,13 @@ from typing import Any, Protocol
 Array = Any  # numpy.ndarray or torch.Tensor
 
 
+class NothingAddedError(MemoryError):
+    """A selection failed before it had added anything; the cause is what to raise.
+
+    What fails later fails when all is in the residual.
+    """
+
+
 class Kernels(Protocol):
     """The hot loops for one kind of array; see `hvd_sparse.kernels.host`."""
 

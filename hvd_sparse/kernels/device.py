@@ -12,7 +12,10 @@ import torch
 
 from hvd_sparse.kernels import host
 from hvd_sparse.kernels.bins import BINS, SHIFTS
+from hvd_sparse.kernels.contract import NothingAddedError
 from hvd_sparse.kernels.reference import check_indices, check_places
+
+_STRETCH = 1 << 20  # elements
 
 Tensor = torch.Tensor
 Selected = tuple[Tensor, Tensor, int]
@@ -26,19 +29,28 @@ def zeros_like(gradient: Tensor) -> Tensor:
 
 
 def _accumulate(residual: Tensor, gradient: Tensor, out: Tensor | None) -> Tensor:
-    """How many sums were finite; nothing waits for the device to count them."""
-    total = residual + gradient.to(residual.dtype)
-    finite = total.isfinite()
+    """How many sums were finite; nothing waits for the device to count them.
+
+    Raises:
+        NothingAddedError: its temporaries have no room.
+    """
+    try:
+        total = residual + gradient.to(residual.dtype)
+        finite = total.isfinite()
+        count = finite.sum()
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise NothingAddedError from error
     torch.where(finite, total, residual, out=residual)
     if out is not None:
         out.zero_()
-    return finite.sum()
+    return count
 
 
 def _take(residual: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    values = residual[places]
+    """Indices and values, which leave the residual when there is room for both."""
+    indices, values = places.to(torch.int32), residual[places]
     residual[places] = 0
-    return places.to(torch.int32), values
+    return indices, values
 
 
 def _largest(values: Tensor, k: int, least: Tensor | None = None) -> Tensor:
@@ -166,8 +178,13 @@ def _signed(word: int) -> int:
 
 
 def accumulate(residual: Tensor, gradient: Tensor) -> None:
-    """Overwrites residual with residual + gradient where that is finite."""
-    _accumulate(residual, gradient, None)
+    """Overwrites residual with residual + gradient where that is finite.
+
+    In stretches: it is called where there was no room for temporaries of its size.
+    """
+    for low in range(0, residual.numel(), _STRETCH):
+        part = slice(low, low + _STRETCH)
+        _accumulate(residual[part], gradient[part], None)
 
 
 def add_at(residual: Tensor, indices: Tensor, values: Tensor) -> None:

@@ -96,8 +96,8 @@ class SparseCompressor:
             op: that of the optimizer: hvd.Average or hvd.Sum.
             dense: which tensors go dense, by Horovod's own allreduce: WhenCheaper() or
                 Never().
-            values: how values travel: Float32(), or Sign(), which takes half the bytes;
-                unless given as the sparsifier is made for.
+            values: how values travel: Float32(), Sign(), which takes half the bytes, or
+                a Format of your own; unless given as the sparsifier is made for.
             prefix: of the names of collectives: letters, digits, and any of . _ / -.
                 Optimizers that work at the same time need different ones.
             process_set: the one that is given to the optimizer, if any.

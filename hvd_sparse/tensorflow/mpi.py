@@ -27,7 +27,7 @@ from hvd_sparse.tensorflow.loss_scales import (
     skips_steps,
     times,
 )
-from hvd_sparse.tensorflow.marking import marked
+from hvd_sparse.tensorflow.marking import expecting, marked
 from hvd_sparse.tensorflow.stores import Configuration, join, leave
 
 Tensor = Any  # TensorFlow has no types
@@ -96,8 +96,8 @@ class DistributedGradientTape:
                 unless given.
             op: hvd_sparse.Average over the ranks of comm, or hvd_sparse.Sum.
             dense: which tensors go dense: WhenCheaper() or Never().
-            values: how values travel: Float32(), or Sign(), which takes half the bytes;
-                unless given as the sparsifier is made for.
+            values: how values travel: Float32(), Sign(), which takes half the bytes, or
+                a Format of your own; unless given as the sparsifier is made for.
             timeout_s: seconds to wait for peers in a step; a warning comes at 60.
             undo: keep a copy of every residual, so that `discard` can bring it back:
                 memory of the gradients' size, and one pass more over it.
@@ -231,8 +231,8 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
             unless given.
         op: hvd_sparse.Average over the ranks of comm, or hvd_sparse.Sum.
         dense: which tensors go dense: WhenCheaper() or Never().
-        values: how values travel: Float32(), or Sign(), which takes half the bytes;
-            unless given as the sparsifier is made for.
+        values: how values travel: Float32(), Sign(), which takes half the bytes, or
+            a Format of your own; unless given as the sparsifier is made for.
         timeout_s: seconds to wait for peers in a step; a warning comes at 60.
 
     Returns:
@@ -293,7 +293,9 @@ class _Distributed:
     def from_config(cls, config: Any, **options: Any) -> Any:
         """A copy: distributed too, with residuals of its own; collective."""
         plain: Any = cls._plain
-        return cls._again(plain.from_config(config, **options))
+        with expecting():
+            copy = plain.from_config(config, **options)
+        return cls._again(copy)
 
     def get_config(self) -> Any:
         """The optimizer's own; it does not say how to distribute a copy."""

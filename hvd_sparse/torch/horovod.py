@@ -105,8 +105,8 @@ class SparseCompressor:
             op: found out from Horovod unless given; then a mismatch is an error.
             dense: which tensors go dense, by Horovod's own allreduce: WhenCheaper() or
                 Never().
-            values: how values travel: Float32(), or Sign(), which takes half the bytes;
-                unless given as the sparsifier is made for.
+            values: how values travel: Float32(), Sign(), which takes half the bytes, or
+                a Format of your own; unless given as the sparsifier is made for.
             exchange: Gathered(), or Embedded() where ranks may call hvd.join().
             prefix: of the names of collectives. Optimizers that work at the same time
                 on parameters of equal names need different ones.

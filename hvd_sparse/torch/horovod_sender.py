@@ -108,7 +108,7 @@ class Sender:
 
     def _send_bucket(self, contexts: list[Context]) -> None:
         gradients = {context.name: context.array for context in contexts}
-        for context in contexts:
+        for context in contexts:  # what is refused must not be taken for kept
             if context.place.changed:
                 raise changed(context.name)
             self._path.admit(context.name, gradients[context.name])

@@ -61,8 +61,8 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
             unless given.
         op: hvd_sparse.Average over the ranks of comm, or hvd_sparse.Sum.
         dense: which tensors go dense: WhenCheaper() or Never().
-        values: how values travel: Float32(), or Sign(), which takes half the bytes;
-            unless given as the sparsifier is made for.
+        values: how values travel: Float32(), Sign(), which takes half the bytes, or
+            a Format of your own; unless given as the sparsifier is made for.
         backward_passes_per_step: how often you call backward() before step(). The
             gradient is their sum, as in Horovod. Since the exchange runs in step(),
             calling backward more often or less is no error.

@@ -223,7 +223,7 @@ class Step:
         context = self.under_way.get(name)
         if context is None:
             return
-        self.failure = None
+        self.failure = None  # it was of the step that is given up
         self._leave([context])
         if context.flight is not None:
             self._path.roll_back([context.flight])

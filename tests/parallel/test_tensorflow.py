@@ -630,6 +630,17 @@ def test_a_copy_that_keras_makes_says_that_it_is_not_distributed(copied, scaled)
     distributed.close()
 
 
+def test_a_copy_that_is_distributed_says_nothing():
+    first = distribute(optimizer_of("Adam"))
+    described = tf.keras.optimizers.serialize(first)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the optimizer")
+        second = type(first).from_config(described["config"])
+    assert second.get_config()["name"] == first.get_config()["name"]
+    second.close()
+    first.close()
+
+
 @pytest.mark.parametrize("copied", COPIES)
 def test_a_copy_of_a_plain_optimizer_says_nothing(copied):
     model = perceptron()

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from hvd_sparse.kernels.contract import NothingAddedError
 from hvd_sparse.kernels.host.arrays import Array, Selected, joined
 from hvd_sparse.kernels.host.jit import jit
 from hvd_sparse.kernels.host.largest import trim
@@ -127,6 +128,18 @@ def buffers(residual: Array, size: int, limit: int) -> tuple[Array, Array]:
     return empty(room, np.int32), empty(room, residual.dtype)
 
 
+def reserved(
+    residual: Array, size: int, limit: int, stride: int
+) -> tuple[Array, Array]:
+    """Buffers for a pass that adds a gradient, or with stride 0 nothing."""
+    try:
+        return buffers(residual, size, limit)
+    except MemoryError as error:
+        if stride:
+            raise NothingAddedError from error
+        raise
+
+
 def candidates(
     residual: Array, gradient: Array, out: Array, stride: int, bound: Any, limit: int
 ) -> Selected:
@@ -136,10 +149,13 @@ def candidates(
     the limit largest of its own, so none of the limit largest of all is dropped.
     """
     size = residual.size
-    clears = out.size == size
+    clears, cuts = out.size == size, parts(residual.size, LANES)
+    # all of it before any part adds
+    room = [reserved(residual, stop - start, limit, stride) for start, stop in cuts]
+    rooms = {start: each for (start, _), each in zip(cuts, room, strict=True)}
 
     def one_part(first: int, stop: int) -> Selected:
-        indices, values = buffers(residual, stop - first, limit)
+        indices, values = rooms[first]
         count, nonfinite = compact(
             residual,
             gradient,
@@ -155,4 +171,4 @@ def candidates(
         )
         return indices[:count], values[:count], nonfinite
 
-    return joined(run_parts(one_part, parts(size, LANES)))
+    return joined(run_parts(one_part, cuts))

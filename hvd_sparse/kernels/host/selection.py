@@ -15,7 +15,7 @@ from hvd_sparse.kernels.host.arrays import (
     lane_view,
     readable,
 )
-from hvd_sparse.kernels.host.candidates import SPARE, buffers, candidates, compact
+from hvd_sparse.kernels.host.candidates import SPARE, candidates, compact, reserved
 from hvd_sparse.kernels.host.estimate import estimate_bound
 from hvd_sparse.kernels.host.jit import jit
 from hvd_sparse.kernels.host.largest import keep_largest, trim
@@ -91,7 +91,7 @@ def select_top(
     cleared = cleared_view(out, lanes)
     nothing = NOTHING[residual.dtype.itemsize]
     if is_one_part(residual.size):
-        indices, values = buffers(residual, residual.size, k)
+        indices, values = reserved(residual, residual.size, k, 1)
         nonfinite = select_at_once(
             residual, lanes, cleared, nothing, k, indices, values
         )
