@@ -22,6 +22,7 @@ from hvd_sparse.tensorflow.advice import advise
 from hvd_sparse.tensorflow.buffers import Buffers
 from hvd_sparse.tensorflow.loss_scales import is_finite
 from hvd_sparse.tensorflow.names import VariableNames
+from hvd_sparse.tensorflow.nodes import note_exchanged, run_after_exchanges
 from hvd_sparse.tensorflow.states import as_tensors, complete
 
 Array = npt.NDArray[Any]
@@ -99,6 +100,7 @@ class Gradients:
             # also where there is none: a peer that has some must hear of it
             inputs = [self.names.describe(present), *inputs]
             results = tf.numpy_function(run, inputs, [t.dtype for t in inputs])
+            note_exchanged(self, results[0])
         return _rebuilt(gradients, results[1:])
 
     def see(self, sources: Sequence[Any]) -> None:
@@ -165,10 +167,7 @@ class Gradients:
             with self._lock:
                 self.reduce.discard()
 
-        if tf.inside_function():
-            tf.numpy_function(run, [], [])
-        else:
-            run()
+        run_after_exchanges(self, run)
 
     # ---------------------------------------------------------------------- state
 
@@ -221,7 +220,8 @@ def _rebuilt(gradients: Sequence[Tensor], results: Sequence[Tensor]) -> list[Ten
 
 def _pack(values: Array, indices: Array, slices: _Slices) -> Blob:
     count = np.array([values.shape[0]], np.int64).view(np.uint8)
-    parts = [count, _bytes(indices), _bytes(values)]
+    # ranks may have indices of different dtypes
+    parts = [count, _bytes(indices.astype(np.int64)), _bytes(values)]
     used = sum(part.size for part in parts)
     return Blob(
         np.concatenate([*parts, np.zeros(-used % 8, np.uint8)]),
@@ -242,8 +242,8 @@ def _unpack(blobs: list[Array], values: Array, indices: Array) -> tuple[Array, A
     width = int(np.prod(values.shape[1:])) * values.itemsize
     for blob in blobs:
         count = int(blob[:8].view(np.int64)[0])
-        middle = 8 + count * indices.itemsize
-        all_indices.append(np.frombuffer(blob[8:middle].tobytes(), indices.dtype))
+        middle = 8 + 8 * count
+        all_indices.append(np.frombuffer(blob[8:middle].tobytes(), np.int64))
         rows = np.frombuffer(blob[middle : middle + count * width].tobytes(), np.uint8)
         all_values.append(rows.view(values.dtype).reshape(count, *values.shape[1:]))
-    return np.concatenate(all_values), np.concatenate(all_indices)
+    return np.concatenate(all_values), np.concatenate(all_indices).astype(indices.dtype)

@@ -41,7 +41,7 @@ from hvd_sparse.tensorflow.horovod_frames import (
     optimizer_in_the_making,
 )
 from hvd_sparse.tensorflow.identities import Identities
-from hvd_sparse.tensorflow.nodes import FLOATING
+from hvd_sparse.tensorflow.nodes import FLOATING, run_after_exchanges
 from hvd_sparse.tensorflow.states import as_tensors, complete
 from hvd_sparse.tensorflow.step import Flights
 from hvd_sparse.tensorflow.tracing import Receive, Tracing
@@ -236,10 +236,7 @@ class SparseCompressor:
             with self._flights.lock:
                 self._path.residuals.discard()
 
-        if tf.inside_function():
-            tf.numpy_function(run, [], [])
-        else:
-            run()
+        run_after_exchanges(self._flights, run)
 
     # ---------------------------------------------------------------------- state
 

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from hvd_sparse.tensorflow.horovod_frames import Call
 from hvd_sparse.tensorflow.identities import Identities
-from hvd_sparse.tensorflow.nodes import floating, python_node
+from hvd_sparse.tensorflow.nodes import floating, note_exchanged, python_node
 from hvd_sparse.tensorflow.running import Running
 from hvd_sparse.tensorflow.sources import Sources
 from hvd_sparse.tensorflow.step import Flights, Step
@@ -124,7 +124,9 @@ class Tracing:
 
         def receive(_: Tensor) -> Tensor:
             run = partial(self._running.receive_alone, step)
-            return python_node(run, [number, gathered], tensor.dtype, tensor.shape)
+            node = python_node(run, [number, gathered], tensor.dtype, tensor.shape)
+            note_exchanged(self._flights, node)
+            return node
 
         return _unused(payload), receive
 
@@ -203,6 +205,7 @@ class Tracing:
                 [like.dtype for like in likes],
                 [like.shape for like in likes],
             )
+            note_exchanged(self._flights, results[0])
             sources.results = dict(zip(gathered, results, strict=True))
 
 

@@ -114,11 +114,19 @@ class Gradients:
 
     def discard(self) -> None:
         """By the user; peers may wait in the exchange that this rank has not made."""
-        if self.reduce.can_discard and self.turns.fresh:
+        if self.reduce.can_discard and (self.turns.fresh or self._has_thawed()):
             self.exchange()
         self.reduce.discard()
         self.unused.forget()
         self.turns.synchronized = False
+
+    def _has_thawed(self) -> bool:
+        """Whether there is a gradient of which no hook has told: of a thawed one."""
+        return any(
+            parameter.requires_grad and parameter.grad is not None
+            for name, parameter in self.parameters.held().items()
+            if name not in self._hooks
+        )
 
     def _throw_away(self, stacklevel: int) -> None:
         """The step before, if nothing became of it."""
@@ -336,10 +344,16 @@ def _pack_rows(gradient: Tensor) -> Blob:
     return Blob(
         np.concatenate([*parts, np.zeros(-used % 8, np.uint8)]),
         tuple(gradient.shape),
-        str(gradient.dtype).removeprefix("torch."),
+        _described(gradient),
         gradient.numel() * gradient.dtype.itemsize,
         gradient.values().numel(),
     )
+
+
+def _described(gradient: Tensor) -> str:
+    """What ranks must have alike to read each other's: a row has one index."""
+    dtype, of = str(gradient.dtype).removeprefix("torch."), gradient.sparse_dim()
+    return dtype if of == 1 else f"{dtype} with {of} sparse dimensions"
 
 
 def _unpack_rows(like: Tensor, blob: Array) -> tuple[Tensor, Tensor]:

@@ -103,10 +103,16 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
         undo=undo,
     )
     distributed: Any = optimizer
-    distributed.__class__ = _distributed_class(type(optimizer))
+    kind, given = type(optimizer), dict(vars(optimizer))
+    distributed.__class__ = _distributed_class(kind)
     # a scheduler made earlier hides the class's step behind an attribute of the object
     vars(distributed).pop("step", None)
-    gradients = Gradients(distributed, parameters, reduce, Op(op), scaler)
+    try:
+        gradients = Gradients(distributed, parameters, reduce, Op(op), scaler)
+    except BaseException:  # the optimizer is what it was
+        distributed.__class__ = kind
+        vars(distributed).update(given)
+        raise
     object.__setattr__(distributed, "_sparse", gradients)  # past one of its own
     return distributed
 
@@ -172,6 +178,7 @@ class _Distributed:
             else:
                 refuse_before_exchange(depth=1)
                 state.exchange()
+        state.unused.forget()  # not before a closure, which may throw them away
         return self._own_step(own_step, arguments, options)
 
     def _own_step(
@@ -183,8 +190,6 @@ class _Distributed:
         turns = self._sparse.turns
         if turns.synchronized:
             self._sparse.refuse_unsent()
-        self._sparse.unused.forget()
-        if turns.synchronized:
             turns.recall(self._sparse.parameters.held())
         turns.synchronized = False
         result = own_step(self, *arguments, **options)

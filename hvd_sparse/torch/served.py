@@ -25,6 +25,7 @@ from hvd_sparse.torch.names import Caller, ParameterNames
 from hvd_sparse.torch.step import Context
 from hvd_sparse.torch.unused import Unused, looked_at
 from hvd_sparse.torch.wrapped import (
+    closure_of,
     enlist,
     exchanging,
     is_frozen,
@@ -214,7 +215,8 @@ class Served:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         with self._lock:
             self._stepping = True
-            self._unused.forget()
+            if not callable(closure_of(args, kwargs)):  # it may throw them away
+                self._unused.forget()
             late = [] if optimizer._should_synchronize else with_gradients(optimizer)
             enlist(optimizer, self.names)
             if late:

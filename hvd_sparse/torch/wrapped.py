@@ -123,6 +123,11 @@ class Exchanged:
         return loss
 
 
+def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `step` is given, of its arguments with self; None where there is none."""
+    return args[1] if len(args) > 1 else kwargs.get("closure")
+
+
 def exchanging(
     optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -131,7 +136,7 @@ def exchanging(
     For `register_step_pre_hook`: PyTorch calls it before the step of Horovod's class,
     and again before that of the class that it wraps.
     """
-    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    closure = closure_of(args, kwargs)
     if not callable(closure) or isinstance(closure, Exchanged):
         return None
     if isinstance(optimizer, torch.optim.LBFGS):

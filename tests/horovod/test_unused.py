@@ -6,7 +6,7 @@ import horovod.torch as hvd
 import pytest
 import torch
 from torch import nn
-from unused import CORRECT, skipping, train
+from unused import CORRECT, by_closure, skipping, train
 
 from hvd_sparse.torch import (
     Embedded,
@@ -63,11 +63,12 @@ def test_scripts_that_use_their_results_are_not_touched(name, carrier):
     same(*runs)
 
 
+@pytest.mark.parametrize("script", [skipping, by_closure])
 @pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
 @pytest.mark.parametrize("density", [0.01, 1.0])
-def test_a_step_that_is_left_out_leaves_no_trace(density, carrier):
-    found = trained(skipping, range(6), True, carrier, density, bad=[2, 3])
-    same(found, trained(skipping, [0, 1, 4, 5], True, carrier, density))
+def test_a_step_that_is_left_out_leaves_no_trace(density, carrier, script):
+    found = trained(script, range(6), True, carrier, density, bad=[2, 3])
+    same(found, trained(script, [0, 1, 4, 5], True, carrier, density))
 
 
 @pytest.mark.parametrize("carrier", CARRIERS, ids=repr)

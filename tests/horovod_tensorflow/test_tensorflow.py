@@ -468,3 +468,36 @@ def test_a_graph_throws_a_step_away_where_it_finds_it_bad():
     [later] = compression.state_dict()["tensors"].values()
     assert later["step"] == before["step"] + 1
     assert np.count_nonzero(variable.numpy() - weights)
+
+
+@pytest.mark.parametrize("branch", ["discard alone", "weights in the other"])
+def test_a_graph_throws_away_its_own_step_whatever_tells_it_to(branch):
+    """In a branch, which TensorFlow starts when it has what the branch uses."""
+    variable = tf.Variable(tf.zeros(64))
+    compression = compressor(undo=True)
+    slopes = tf.range(1.0, 65.0) * (1 + hvd.rank())
+
+    @tf.function
+    def step(bad):
+        with hvd.DistributedGradientTape(
+            tf.GradientTape(), compression=compression
+        ) as tape:
+            loss = tf.reduce_sum(variable * slopes)
+        [gradient] = tape.gradient(loss, [variable])
+        if bad:
+            compression.discard()
+            gradient = tf.zeros(64)
+        elif branch == "weights in the other":
+            variable.assign_sub(gradient)
+        if branch == "discard alone":
+            variable.assign_sub(gradient)
+
+    step(tf.constant(False))
+    [before] = compression.state_dict()["tensors"].values()
+    weights = variable.numpy()
+    for _ in range(10):
+        step(tf.constant(True))
+        [after] = compression.state_dict()["tensors"].values()
+        assert after["step"] == before["step"]
+        np.testing.assert_array_equal(after["residual"], before["residual"])
+    np.testing.assert_array_equal(variable.numpy(), weights)

@@ -349,6 +349,24 @@ def test_embedding_gradients_stay_sparse_and_exact():
     tape.close()
 
 
+@pytest.mark.ranks
+def test_ranks_may_have_indices_of_different_dtypes():
+    table = tf.Variable(tf.zeros((50, 4)))
+    tape = tape_of()
+    dtype = tf.int64 if RANK == 0 else tf.int32
+    with tape:
+        loss = tf.reduce_sum(tf.gather(table, tf.constant([RANK, 7, 7], dtype)))
+    gradient = tape.gradient(loss, table)
+    assert gradient.indices.dtype == dtype
+    expected = np.zeros((50, 4), np.float32)
+    for rank in range(SIZE):
+        expected[rank] += 1 / SIZE
+        expected[7] += 2 / SIZE
+    dense = tf.convert_to_tensor(gradient).numpy()
+    np.testing.assert_allclose(dense, expected, rtol=1e-6)
+    tape.close()
+
+
 def test_gradients_that_are_none_stay_none():
     used, unused = tf.Variable(1.0), tf.Variable(1.0)
     tape = tape_of(TopK(1.0))
@@ -807,6 +825,38 @@ def test_a_graph_throws_a_step_away_where_it_finds_it_bad():
     [later] = tape.state_dict()["tensors"].values()
     assert later["step"] == before["step"] + 1
     assert np.count_nonzero(variable.numpy() - weights) in (4, 8)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("branch", ["discard alone", "weights in the other"])
+def test_a_graph_throws_away_its_own_step_whatever_tells_it_to(branch):
+    """In a branch, which TensorFlow starts when it has what the branch uses."""
+    variable = tf.Variable(tf.zeros(64))
+    tape = tape_of(undo=True)
+    slopes = tf.range(1.0, 65.0) * (1 + RANK)
+
+    @tf.function
+    def step(bad):
+        with tape:
+            loss = tf.reduce_sum(variable * slopes)
+        [gradient] = tape.gradient(loss, [variable])
+        if bad:
+            tape.discard()
+            gradient = tf.zeros(64)
+        elif branch == "weights in the other":
+            variable.assign_sub(gradient)
+        if branch == "discard alone":
+            variable.assign_sub(gradient)
+
+    step(tf.constant(False))
+    [before] = tape.state_dict()["tensors"].values()
+    weights = variable.numpy()
+    for _ in range(10):
+        step(tf.constant(True))
+        [after] = tape.state_dict()["tensors"].values()
+        assert after["step"] == before["step"]
+        np.testing.assert_array_equal(after["residual"], before["residual"])
+    np.testing.assert_array_equal(variable.numpy(), weights)
 
 
 @pytest.mark.ranks

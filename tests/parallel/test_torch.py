@@ -1089,3 +1089,64 @@ def test_ctrl_c_is_raised_when_the_exchange_is_complete(monkeypatch):
             whole = parameter.grad + kept[name]["residual"]
             torch.testing.assert_close(whole, gradient)
     assert all(parameter.any() for parameter in model.values())
+
+
+@pytest.mark.ranks
+@several
+def test_gradients_that_are_sparse_in_other_ways_are_an_error_on_every_rank():
+    """One index a row, or one for each element: bytes of one can not be read as two."""
+    weight = nn.Parameter(torch.zeros(6, 4))
+    options = {"named_parameters": [("w", weight)], "comm": COMM, "timeout_s": 20}
+    sgd_of = torch.optim.SGD([weight], lr=1.0)
+    optimizer = sparse.DistributedOptimizer(sgd_of, TopK(0.25), **options)
+    last = RANK == SIZE - 1
+    weight.grad = torch.eye(6, 4).to_sparse(2 if last else 1)
+    with pytest.raises(
+        ExchangeError, match=r"w: rank \d+ has dtype .*sparse dimensions"
+    ):
+        optimizer.step()
+    assert not weight.any()
+    optimizer.close()
+
+
+@pytest.mark.ranks
+def test_the_gradient_of_a_thawed_parameter_can_be_thrown_away():
+    """No hook has told of it yet; one rank synchronizes before, others do not."""
+    first, second = (nn.Parameter(torch.zeros(40)) for _ in range(2))
+    second.requires_grad_(False)
+    optimizer = sparse.DistributedOptimizer(
+        torch.optim.SGD([first, second], lr=1.0),
+        TopK(0.25),
+        named_parameters=[("first", first), ("second", second)],
+        comm=COMM,
+        dense=Never(),
+        timeout_s=20,
+        undo=True,
+    )
+    (first * torch.arange(1.0, 41.0)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    weights = first.detach().clone()
+    before = optimizer.residual_state_dict()["tensors"]["first"]["residual"]
+    first.requires_grad_(False)
+    second.requires_grad_(True)
+    (second * torch.arange(1.0, 41.0)).sum().backward()
+    if RANK == SIZE - 1:
+        optimizer.synchronize()
+    optimizer.discard()
+    after = optimizer.residual_state_dict()["tensors"]
+    assert torch.equal(after["first"]["residual"], before)
+    assert not after["second"]["residual"].any()
+    assert torch.equal(first.detach(), weights)
+    optimizer.close()
+
+
+def test_an_optimizer_that_can_not_be_wrapped_is_what_it_was():
+    weight = torch.zeros(4, requires_grad=True) * 1
+    weight.retain_grad()  # no leaf, which differentiable optimizers take
+    plain = torch.optim.SGD([weight], lr=1.0, differentiable=True)
+    with pytest.raises(RuntimeError, match="non-leaf"):
+        sparse.DistributedOptimizer(plain, TopK(0.5), comm=COMM)
+    assert type(plain) is torch.optim.SGD
+    plain.zero_grad()
+    plain.step()

@@ -7,7 +7,7 @@ import torch
 import unused
 from mpi4py import MPI
 from torch import nn
-from unused import CORRECT, skipping, train
+from unused import CORRECT, by_closure, skipping, train
 
 import hvd_sparse.torch as sparse
 from hvd_sparse import Never, TopK, WhenCheaper
@@ -58,11 +58,12 @@ def test_scripts_that_use_their_results_are_not_touched(name, density):
     same(*runs)
 
 
+@pytest.mark.parametrize("script", [skipping, by_closure])
 @pytest.mark.parametrize("density", [0.01, 1.0])
-def test_a_step_that_is_left_out_leaves_no_trace(density):
+def test_a_step_that_is_left_out_leaves_no_trace(density, script):
     steps = [0, 1, 2, 3, 4, 5]
-    found = trained(skipping, steps, undo=True, density=density, bad=[2, 3])
-    same(found, trained(skipping, [0, 1, 4, 5], undo=True, density=density))
+    found = trained(script, steps, undo=True, density=density, bad=[2, 3])
+    same(found, trained(script, [0, 1, 4, 5], undo=True, density=density))
 
 
 def test_a_step_that_is_left_out_is_warned_of_once_without_undo():
