@@ -234,7 +234,7 @@ class _Distributed:
         Another backward pass without a step throws the results away, as with `discard`,
         if undo=True was given; else what was sent is lost, which is warned of once.
         """
-        self._sparse.synchronize()
+        _uncompiled(self._sparse.synchronize)()
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -327,7 +327,8 @@ def _distributed_class(kind: Any) -> type:
 
     @functools.wraps(own_step)
     def step(self: _Distributed, *arguments: Any, **options: Any) -> Any:
-        return self._exchanged_step(own_step, closure_place, arguments, options)
+        exchanged = _uncompiled(self._exchanged_step)
+        return exchanged(own_step, closure_place, arguments, options)
 
     # torch wraps a step that lacks these marks: schedulers, and profiling hooks, which
     # the optimizer's own step runs already
@@ -335,6 +336,15 @@ def _distributed_class(kind: Any) -> type:
     marked._wrapped_by_lr_sched = marked.hooked = True
     described = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (_Distributed, kind), {"step": step, **described})
+
+
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, but torch.compile does not look into it: it can trace no exchange."""
+    compiler: Any = torch.compiler
+    if not compiler.is_compiling():  # then callers' frames are those we expect
+        return function
+    disabled: Callable[..., Any] = compiler.disable(function)
+    return disabled
 
 
 def _closure_place(step: Callable[..., Any]) -> int:

@@ -1150,3 +1150,29 @@ def test_an_optimizer_that_can_not_be_wrapped_is_what_it_was():
     assert type(plain) is torch.optim.SGD
     plain.zero_grad()
     plain.step()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("how", ["step", "synchronize"])
+def test_a_step_may_be_compiled(how):
+    """Not the exchange in it: the rest, and what a user has around it."""
+    weight = nn.Parameter(torch.zeros(40))
+    optimizer = sparse.DistributedOptimizer(
+        torch.optim.SGD([weight], lr=1.0), TopK(1.0), comm=COMM, dense=Never()
+    )
+
+    @torch.compile(backend="eager")
+    def step():
+        if how == "synchronize":
+            optimizer.synchronize()
+            with optimizer.skip_synchronize():
+                optimizer.step()
+        else:
+            optimizer.step()
+
+    for _ in range(3):
+        optimizer.zero_grad()
+        (weight * (1.0 + RANK)).sum().backward()
+        step()
+    assert (weight == -3 * (SIZE + 1) / 2).all()
+    optimizer.close()
