@@ -172,7 +172,7 @@ def send(
     density = getattr(sparsifier, "density", None)
     k = d if density is None else elements(density, d)
     selection = sparsifier.select(residual, gradient, k, step)
-    header = Header(format_of(sparsifier).layout, str(gradient.dtype), d, k, step, 0)
+    header = Header(format_of(sparsifier), str(gradient.dtype), d, k, step, 0)
     _, values = encode(selection, header)
     residual[selection.indices] += selection.values - values
     return Sent(selection.indices, values, selection.indices.size)

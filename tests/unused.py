@@ -82,8 +82,11 @@ CORRECT = {
 }
 
 
-def train(model, optimizer, script, gradient_of, steps, bad=()):
-    """The script, for some steps; those in `bad` have gradients of 1e30."""
+def train(model, optimizer, script, gradient_of, steps, bad=(), idle=()):
+    """The script, for some steps; those in `bad` have gradients of 1e30.
+
+    In steps of `idle` this rank has no backward pass.
+    """
     parameters = list(model.values())
     for step in steps:
         for parameter in parameters:
@@ -95,7 +98,8 @@ def train(model, optimizer, script, gradient_of, steps, bad=()):
         if script is by_closure and step not in bad:
             optimizer.step(partial(backward, loss))
             continue
-        loss.backward()
+        if step not in idle:
+            loss.backward()
         optimizer.synchronize()
         script(optimizer, parameters, step in bad)
 

@@ -130,8 +130,8 @@ class Gradients:
 
     def _throw_away(self, stacklevel: int) -> None:
         """The step before, if nothing became of it."""
-        if self.turns.synchronized:  # no backward pass since
-            self.unused.forget()
+        if self.turns.synchronized and not self.unused.were_zeroed():
+            self.unused.forget()  # no backward pass since: they are sent again
         elif self.unused.is_thrown_away() and not self.reduce.overflowed:
             if self.reduce.can_discard:
                 self.reduce.discard()

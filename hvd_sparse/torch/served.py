@@ -126,8 +126,8 @@ class Served:
             joined = enlist(caller.optimizer, self.names)
             if not self._planned:  # before anything that may fail on this rank alone
                 self._plan(caller.optimizer)
-            if caller.synchronizing:  # no backward pass since
-                self._unused.forget()
+            if caller.synchronizing and not self._unused.were_zeroed():
+                self._unused.forget()  # no backward pass since: they are sent again
         self._throw_away()
         self._path.begin()
         self._contended.clear()
@@ -215,8 +215,9 @@ class Served:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         with self._lock:
             self._stepping = True
-            if not callable(closure_of(args, kwargs)):  # it may throw them away
-                self._unused.forget()
+            exchanges = callable(closure_of(args, kwargs))
+            if not (exchanges or optimizer._should_synchronize):
+                self._unused.forget()  # else `begin` tells whether they are used
             late = [] if optimizer._should_synchronize else with_gradients(optimizer)
             enlist(optimizer, self.names)
             if late:

@@ -69,6 +69,10 @@ class Unused:
         """It was used, or another one takes its place."""
         self._samples.clear()
 
+    def were_zeroed(self) -> bool:
+        """Whether gradients hold the results no more: a rank may have no others."""
+        return all(map(_is_zeroed, self._samples))
+
     def is_thrown_away(self) -> bool:
         """Asked when the next gradients come: whether nothing became of the results."""
         samples, self._samples = self._samples, []
@@ -115,6 +119,15 @@ def _is_unchanged(sample: _Sample) -> bool:
     if parameter is None or parameter.shape != sample.shape:
         return False
     return bool((_flat(parameter)[sample.places] == sample.weights).all())
+
+
+def _is_zeroed(sample: _Sample) -> bool:
+    """Results are not 0 at these places."""
+    parameter = sample.parameter()
+    gradient = None if parameter is None else parameter.grad
+    if gradient is None or not _is_cheap(gradient):
+        return gradient is None
+    return not (_flat(gradient)[sample.places] != 0).any()
 
 
 @cache

@@ -25,7 +25,7 @@ def gradient_of(name, step):
     return torch.randn(300, generator=generator)
 
 
-def trained(script, steps, undo, carrier, density=0.01, bad=(), dense=None):
+def trained(script, steps, undo, carrier, density=0.01, bad=(), dense=None, idle=()):
     """Weights and residuals after a run."""
     model = nn.ParameterDict({name: nn.Parameter(torch.zeros(300)) for name in "ab"})
     compression = SparseCompressor(
@@ -41,7 +41,7 @@ def trained(script, steps, undo, carrier, density=0.01, bad=(), dense=None):
         named_parameters=model.items(),
         compression=compression,
     )
-    train(model, optimizer, script, gradient_of, steps, bad)
+    train(model, optimizer, script, gradient_of, steps, bad, idle)
     saved = compression.state_dict()["tensors"]
     waiting = [t["residual"] for t in saved.values() if not dense]
     return [p.detach() for p in model.values()], waiting
@@ -69,6 +69,13 @@ def test_scripts_that_use_their_results_are_not_touched(name, carrier):
 def test_a_step_that_is_left_out_leaves_no_trace(density, carrier, script):
     found = trained(script, range(6), True, carrier, density, bad=[2, 3])
     same(found, trained(script, [0, 1, 4, 5], True, carrier, density))
+
+
+@pytest.mark.parametrize("carrier", CARRIERS, ids=repr)
+def test_a_rank_that_has_no_gradient_next_leaves_the_step_out_as_well(carrier):
+    idle = [3] if hvd.rank() == hvd.size() - 1 else []
+    found = trained(skipping, range(6), True, carrier, bad=[2], idle=idle)
+    same(found, trained(skipping, [0, 1, 3, 4, 5], True, carrier, idle=idle))
 
 
 @pytest.mark.parametrize("carrier", CARRIERS, ids=repr)

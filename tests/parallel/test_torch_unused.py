@@ -13,7 +13,7 @@ import hvd_sparse.torch as sparse
 from hvd_sparse import Never, TopK, WhenCheaper
 
 COMM = MPI.COMM_WORLD
-RANK = COMM.rank
+RANK, SIZE = COMM.rank, COMM.size
 
 pytestmark = pytest.mark.ranks
 
@@ -23,7 +23,7 @@ def gradient_of(name, step):
     return torch.randn(300, generator=generator)
 
 
-def trained(script, steps, undo, density=0.01, bad=(), dense=None):
+def trained(script, steps, undo, density=0.01, bad=(), dense=None, idle=()):
     """Weights and residuals after a run."""
     model = nn.ParameterDict({name: nn.Parameter(torch.zeros(300)) for name in "ab"})
     optimizer = sparse.DistributedOptimizer(
@@ -35,7 +35,7 @@ def trained(script, steps, undo, density=0.01, bad=(), dense=None):
         timeout_s=20,
         undo=undo,
     )
-    train(model, optimizer, script, gradient_of, steps, bad)
+    train(model, optimizer, script, gradient_of, steps, bad, idle)
     saved = optimizer.residual_state_dict()["tensors"]
     optimizer.close()
     waiting = [t["residual"] for t in saved.values() if not dense]
@@ -64,6 +64,12 @@ def test_a_step_that_is_left_out_leaves_no_trace(density, script):
     steps = [0, 1, 2, 3, 4, 5]
     found = trained(script, steps, undo=True, density=density, bad=[2, 3])
     same(found, trained(script, [0, 1, 4, 5], undo=True, density=density))
+
+
+def test_a_rank_that_has_no_gradient_next_leaves_the_step_out_as_well():
+    idle = [3] if RANK == SIZE - 1 else []
+    found = trained(skipping, range(6), undo=True, bad=[2], idle=idle)
+    same(found, trained(skipping, [0, 1, 3, 4, 5], undo=True, idle=idle))
 
 
 def test_a_step_that_is_left_out_is_warned_of_once_without_undo():
