@@ -86,7 +86,7 @@ class Tensor:
         self.header = Header(form, dtype, n, k, step, digest, varies, facts)
 
     @property
-    def is_out(self) -> bool:
+    def in_flight(self) -> bool:
         """Whether it was sent, and neither counts nor was taken back."""
         return self.flight is not None and self.flight.is_out
 
@@ -121,7 +121,7 @@ class Flight:
 
     def check_on_ground(self) -> None:
         """Raise ValueError if its tensor was sent already."""
-        if self.tensor.is_out:
+        if self.tensor.in_flight:
             name = self.tensor.name
             raise ValueError(f"{name}: was sent already and not received yet")
 

@@ -52,7 +52,7 @@ class LossScale:
         self.put_back()
         self.overflowed = False
         for tensor in self._plan.tensors.values():
-            if not tensor.is_out:
+            if not tensor.in_flight:
                 tensor.flight = None
         scale = self._ask()
         if scale != self._plan.loss_scale:

@@ -88,6 +88,7 @@ class GradientPath:
         self.memory = memory if memory is not None else ErrorFeedback()
         self.traffic = Traffic()
         self.plan = Plan(sparsifier, exchange, op, dense, values)
+        self.tensors = self.plan.tensors  # per name, of those that were admitted
         self._kept = kept = Kept(self.memory)
         self.scaling = LossScale(loss_scale, self.plan, kept)
         self._undo = Undo(self.plan, kept) if undo else None

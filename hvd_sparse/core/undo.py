@@ -68,7 +68,7 @@ class Undo:
             RuntimeError: there is no step, it was applied, or it is under way.
         """
         tensors = {name: self._plan.tensors[name] for name in self._last}
-        under_way = sorted(name for name, t in tensors.items() if t.is_out)
+        under_way = sorted(name for name, t in tensors.items() if t.in_flight)
         if under_way:
             raise RuntimeError(
                 f"{under_way[0]}: its exchange is under way: discard() must follow it"

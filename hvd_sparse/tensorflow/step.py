@@ -52,7 +52,7 @@ class Flights:
         """Tensors are gone: drop what is kept of those that are not on their way."""
         for name in names:
             tensor = self.path.plan.tensors.get(name)
-            if tensor is not None and tensor.is_out:
+            if tensor is not None and tensor.in_flight:
                 continue
             self.path.residuals.forget(name)
             self.by_name.pop(name, None)
@@ -124,7 +124,7 @@ class Step:
     def _send(self, name: str, gradient: Array) -> Array:
         flights = self._flights
         tensor = self._path.admit(name, gradient)
-        if tensor.is_out:  # its result was never asked for
+        if tensor.in_flight:  # its result was never asked for
             self._path.roll_back([flights.by_name[name]])
         flights.watchdog.sent(name, tensor.header.step)
         try:
@@ -150,7 +150,7 @@ class Step:
     def _keep(self, name: str, gradient: Array) -> None:
         with suppress(Exception):  # it is refused, which is what failed
             tensor = self._path.admit(name, gradient)
-            if tensor.is_out:
+            if tensor.in_flight:
                 self._path.roll_back([self._flights.by_name[name]])
             self._path.keep(name, gradient)
 
