@@ -942,6 +942,12 @@ def test_a_selection_without_memory_on_a_device_loses_nothing(
     device.accumulate(residual, gradient)
     assert (residual == gradient + 1).all()
 
+    path = Ranks(1, TopK(0.2)).paths[0]
+    monkeypatch.setattr(torch.Tensor, "isfinite", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        send(path, gradient)
+    assert torch.equal(path.memory.residuals["w"], gradient)
+
 
 class Priceless:
     """A cost that can not be told."""

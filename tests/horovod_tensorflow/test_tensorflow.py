@@ -6,6 +6,7 @@ import members
 import numpy as np
 import pytest
 import tensorflow as tf
+from branches import BRANCHES, assert_its_own_step_is_thrown_away
 from doors import KERAS_OPTIMIZERS, LOW_DENSITIES, SPARSIFIERS
 
 from hvd_sparse import (
@@ -470,34 +471,12 @@ def test_a_graph_throws_a_step_away_where_it_finds_it_bad():
     assert np.count_nonzero(variable.numpy() - weights)
 
 
-@pytest.mark.parametrize("branch", ["discard alone", "weights in the other"])
+@pytest.mark.parametrize("branch", BRANCHES)
 def test_a_graph_throws_away_its_own_step_whatever_tells_it_to(branch):
-    """In a branch, which TensorFlow starts when it has what the branch uses."""
-    variable = tf.Variable(tf.zeros(64))
     compression = compressor(undo=True)
-    slopes = tf.range(1.0, 65.0) * (1 + hvd.rank())
 
-    @tf.function
-    def step(bad):
-        with hvd.DistributedGradientTape(
-            tf.GradientTape(), compression=compression
-        ) as tape:
-            loss = tf.reduce_sum(variable * slopes)
-        [gradient] = tape.gradient(loss, [variable])
-        if bad:
-            compression.discard()
-            gradient = tf.zeros(64)
-        elif branch == "weights in the other":
-            variable.assign_sub(gradient)
-        if branch == "discard alone":
-            variable.assign_sub(gradient)
+    def make_tape():
+        plain = tf.GradientTape()
+        return hvd.DistributedGradientTape(plain, compression=compression)
 
-    step(tf.constant(False))
-    [before] = compression.state_dict()["tensors"].values()
-    weights = variable.numpy()
-    for _ in range(10):
-        step(tf.constant(True))
-        [after] = compression.state_dict()["tensors"].values()
-        assert after["step"] == before["step"]
-        np.testing.assert_array_equal(after["residual"], before["residual"])
-    np.testing.assert_array_equal(variable.numpy(), weights)
+    assert_its_own_step_is_thrown_away(make_tape, compression, hvd.rank(), branch)
