@@ -9,9 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hvd_sparse import arrays
-from hvd_sparse.core.contracts import Average, Sparsifier
+from hvd_sparse.core.contracts import Average, Format, Sparsifier
 from hvd_sparse.core.flight import Flight
-from hvd_sparse.core.formats import Values
 from hvd_sparse.core.interrupts import Uninterrupted
 from hvd_sparse.core.loss_scale import scale_of
 from hvd_sparse.core.path import GradientPath
@@ -70,7 +69,7 @@ class SparseAllreduce:
         comm: Any = None,
         op: int = Average,
         dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
-        values: Values | None = None,
+        values: Format | None = None,
         timeout_s: float = 600,
         scaler: Any = None,
         undo: bool = False,

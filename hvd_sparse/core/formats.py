@@ -154,9 +154,6 @@ class Sign:
         )
 
 
-Values = Format  # what a user chooses from, or writes
-
-
 def is_ours(form: Format) -> bool:
     """Whether tests prove what it reads, so that it is not checked again."""
     return type(form) in (Float32, ValuesOnly, Sign)

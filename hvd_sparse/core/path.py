@@ -29,13 +29,13 @@ from hvd_sparse.core.contracts import (
     Average,
     Collective,
     Exchange,
+    Format,
     Memory,
     Observer,
     PayloadError,
     Sparsifier,
 )
 from hvd_sparse.core.flight import Flight, Phase, Tensor, all_of
-from hvd_sparse.core.formats import Values
 from hvd_sparse.core.inbound import Inbound
 from hvd_sparse.core.loss_scale import LossScale
 from hvd_sparse.core.memory import ErrorFeedback, Kept
@@ -57,7 +57,7 @@ class GradientPath:
         *,
         op: int = Average,
         dense: Dense | None = None,
-        values: Values | None = None,
+        values: Format | None = None,
         memory: Memory | None = None,
         collective: Collective | None = None,
         observers: Sequence[Observer] = (),

@@ -27,8 +27,7 @@ from typing import Any
 import tensorflow as tf
 
 from hvd_sparse.advice import Adviser
-from hvd_sparse.core.contracts import Average, Op, Sparsifier
-from hvd_sparse.core.formats import Values
+from hvd_sparse.core.contracts import Average, Format, Op, Sparsifier
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.sparsifiers import fixed_density
@@ -83,7 +82,7 @@ class SparseCompressor:
         *,
         op: int = Average,
         dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
-        values: Values | None = None,
+        values: Format | None = None,
         prefix: str = "hvd_sparse",
         process_set: Any = None,
         timeout_s: float = 600,

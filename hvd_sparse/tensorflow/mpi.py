@@ -14,8 +14,7 @@ from typing import Any
 import tensorflow as tf
 
 from hvd_sparse.core.configuration import describe
-from hvd_sparse.core.contracts import Average, ExchangeError, Op, Sparsifier
-from hvd_sparse.core.formats import Values
+from hvd_sparse.core.contracts import Average, ExchangeError, Format, Op, Sparsifier
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.mpi import SparseAllreduce
@@ -83,7 +82,7 @@ class DistributedGradientTape:
         comm: Any = None,
         op: int = Average,
         dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
-        values: Values | None = None,
+        values: Format | None = None,
         timeout_s: float = 600,
         undo: bool = False,
     ) -> None:
@@ -211,7 +210,7 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
     comm: Any = None,
     op: int = Average,
     dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
-    values: Values | None = None,
+    values: Format | None = None,
     timeout_s: float = 600,
 ) -> Any:
     """Make a Keras optimizer average sparsified gradients before it applies them.

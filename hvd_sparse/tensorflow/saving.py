@@ -11,8 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvd_sparse.core.contracts import Average, Sparsifier
-from hvd_sparse.core.formats import Values
+from hvd_sparse.core.contracts import Average, Format, Sparsifier
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.tensorflow.marking import expecting, watch_loading
 from hvd_sparse.tensorflow.mpi import DistributedOptimizer
@@ -27,7 +26,7 @@ def load_model(
     comm: Any = None,
     op: int = Average,
     dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
-    values: Values | None = None,
+    values: Format | None = None,
     timeout_s: float = 600,
     **options: Any,
 ) -> Any:

@@ -32,11 +32,11 @@ from hvd_sparse.carriers import Carrier, Gathered
 from hvd_sparse.core.contracts import (
     Average,
     ExchangeError,
+    Format,
     Op,
     RaisedError,
     Sparsifier,
 )
-from hvd_sparse.core.formats import Values
 from hvd_sparse.core.interrupts import Uninterrupted
 from hvd_sparse.core.loss_scale import scale_of
 from hvd_sparse.core.path import GradientPath
@@ -88,7 +88,7 @@ class SparseCompressor:
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
         op: int | None = None,
         dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
-        values: Values | None = None,
+        values: Format | None = None,
         exchange: Carrier = Gathered(),  # noqa: B008  # frozen as well
         prefix: str = "hvd_sparse",
         process_set: Any = None,

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from hvd_sparse.core.contracts import Average, Op, Sparsifier
-from hvd_sparse.core.formats import Values
+from hvd_sparse.core.contracts import Average, Format, Op, Sparsifier
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.mpi import SparseAllreduce
@@ -34,7 +33,7 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
     comm: Any = None,
     op: int = Average,
     dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
-    values: Values | None = None,
+    values: Format | None = None,
     backward_passes_per_step: int = 1,
     timeout_s: float = 600,
     scaler: Any = None,
