@@ -331,6 +331,16 @@ def test_results_that_are_kept_never_change(how):
 # ------------------------------------------------------------------ kinds of gradients
 
 
+def assert_rows_of_all_ranks(gradient):
+    """Each used its own row of 50 once, and row 7 twice."""
+    expected = np.zeros((50, 4), np.float32)
+    for rank in range(SIZE):
+        expected[rank] += 1 / SIZE
+        expected[7] += 2 / SIZE
+    dense = tf.convert_to_tensor(gradient).numpy()
+    np.testing.assert_allclose(dense, expected, rtol=1e-6)
+
+
 @pytest.mark.ranks
 def test_embedding_gradients_stay_sparse_and_exact():
     table = tf.Variable(tf.zeros((50, 4)))
@@ -340,12 +350,7 @@ def test_embedding_gradients_stay_sparse_and_exact():
         loss = tf.reduce_sum(rows)
     gradient = tape.gradient(loss, table)
     assert isinstance(gradient, tf.IndexedSlices)
-    expected = np.zeros((50, 4), np.float32)
-    for rank in range(SIZE):
-        expected[rank] += 1 / SIZE
-        expected[7] += 2 / SIZE
-    dense = tf.convert_to_tensor(gradient).numpy()
-    np.testing.assert_allclose(dense, expected, rtol=1e-6)
+    assert_rows_of_all_ranks(gradient)
     assert tape.traffic.tensors["Variable"].route == "rows"
     tape.close()
 
@@ -359,12 +364,7 @@ def test_ranks_may_have_indices_of_different_dtypes():
         loss = tf.reduce_sum(tf.gather(table, tf.constant([RANK, 7, 7], dtype)))
     gradient = tape.gradient(loss, table)
     assert gradient.indices.dtype == dtype
-    expected = np.zeros((50, 4), np.float32)
-    for rank in range(SIZE):
-        expected[rank] += 1 / SIZE
-        expected[7] += 2 / SIZE
-    dense = tf.convert_to_tensor(gradient).numpy()
-    np.testing.assert_allclose(dense, expected, rtol=1e-6)
+    assert_rows_of_all_ranks(gradient)
     tape.close()
 
 
