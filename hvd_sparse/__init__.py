@@ -37,11 +37,20 @@ from hvd_sparse.core.contracts import (
     Sum,
 )
 from hvd_sparse.core.costs import Affine, Packet, PaperPayload, Payload
-from hvd_sparse.core.formats import Float32, Sign
+from hvd_sparse.core.indices import EliasFano, RawIndices
 from hvd_sparse.core.routing import Never, WhenCheaper
 from hvd_sparse.core.sparsifiers import RandomK, SignTopK, Threshold, TopK
 from hvd_sparse.core.state import checkpoint_path
 from hvd_sparse.core.stochastic import Stochastic
+from hvd_sparse.core.values import (
+    BFloat16,
+    Float16,
+    Float32,
+    Int2,
+    Int4,
+    Int8,
+    Sign,
+)
 
 __version__ = "0.1.0"
 
@@ -49,12 +58,18 @@ __all__ = [
     "CAT",
     "Affine",
     "Average",
+    "BFloat16",
+    "EliasFano",
     "Embedded",
     "ExactCAT",
     "ExchangeError",
+    "Float16",
     "Float32",
     "Format",
     "Gathered",
+    "Int2",
+    "Int4",
+    "Int8",
     "Never",
     "Op",
     "Packet",
@@ -63,6 +78,7 @@ __all__ = [
     "PayloadError",
     "QualityWarning",
     "RandomK",
+    "RawIndices",
     "Selection",
     "Sign",
     "SignTopK",

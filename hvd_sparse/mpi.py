@@ -11,11 +11,13 @@ import numpy.typing as npt
 from hvd_sparse import arrays
 from hvd_sparse.core.contracts import Average, Format, Sparsifier
 from hvd_sparse.core.flight import Flight
+from hvd_sparse.core.indices import Indices
 from hvd_sparse.core.interrupts import Uninterrupted
 from hvd_sparse.core.loss_scale import scale_of
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
+from hvd_sparse.core.values import Values
 from hvd_sparse.transport.mpi.agreement import Row
 from hvd_sparse.transport.mpi.exchange import MpiExchange
 from hvd_sparse.transport.mpi.measurement import measure
@@ -69,7 +71,8 @@ class SparseAllreduce:
         comm: Any = None,
         op: int = Average,
         dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
-        values: Format | None = None,
+        values: Values | Format | None = None,
+        indices: Indices | None = None,
         timeout_s: float = 600,
         scaler: Any = None,
         undo: bool = False,
@@ -82,8 +85,11 @@ class SparseAllreduce:
                 unless given.
             op: hvd_sparse.Average over the ranks of comm, or hvd_sparse.Sum.
             dense: which tensors go dense: WhenCheaper() or Never().
-            values: how values travel: Float32(), Sign(), which takes half the bytes, or
-                a Format of your own; unless given as the sparsifier is made for.
+            values: how values travel: Float32(), Float16(), BFloat16(), Int8(), Int4(),
+                Int2(), Sign(), or a Format of your own; unless given as the sparsifier
+                is made for.
+            indices: how indices travel: EliasFano(), some 2 + log2(n / k) bits each, or
+                RawIndices(), 32 bits.
             timeout_s: seconds to wait for peers in a step; a warning comes at 60.
             scaler: what has get_scale(), the number that gradients are multiplied with,
                 the same on every rank. A step with a result that is not finite must not
@@ -104,6 +110,7 @@ class SparseAllreduce:
                 op=op,
                 dense=dense,
                 values=values,
+                indices=indices,
                 loss_scale=scale_of(scaler),
                 undo=undo,
             )

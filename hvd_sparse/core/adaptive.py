@@ -21,7 +21,7 @@ few elements, all of one size, T is where the magnitudes fall instead.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -36,6 +36,7 @@ from hvd_sparse.core.contracts import (
     offers,
 )
 from hvd_sparse.core.costs import Cost, Message
+from hvd_sparse.core.formats import is_signs
 from hvd_sparse.core.frame import padded_bytes
 from hvd_sparse.core.levels import Levels
 from hvd_sparse.core.payload import most_elements
@@ -103,6 +104,8 @@ class CAT(Selecting):
         most: the largest density to choose, in (0, 1]: what memory has room for.
         change: the factor, > 1, by which the number of elements may grow or shrink from
             one step to the next.
+        form: of the payloads that cost counts; an integration says it by itself, from
+            its `values=` and `indices=`.
 
     Raises:
         TypeError: scheme is none of these, or cost can not be asked.
@@ -119,6 +122,7 @@ class CAT(Selecting):
     least: float = 0.0
     most: float = 1.0
     change: float = math.inf
+    form: Format | None = field(default=None, repr=False, kw_only=True)
 
     clears: ClassVar = True
 
@@ -142,9 +146,27 @@ class CAT(Selecting):
             raise ValueError(f"change must be more than 1, got {self.change}")
 
     @property
-    def made_for(self) -> Format:
-        """How those of the scheme travel; its descent and the cost depend on it."""
-        return format_of(self.scheme)
+    def made_for(self) -> Any:
+        """How values of the scheme travel, since its descent depends on it, or None."""
+        return getattr(self.scheme, "made_for", None)
+
+    @property
+    def counted(self) -> Format:
+        """The format of payloads, of which a cost is asked."""
+        return format_of(self.scheme) if self.form is None else self.form
+
+    def for_format(self, form: Format) -> "CAT":
+        """The same, for payloads of this format.
+
+        Raises:
+            ValueError: values travel as signs, and the scheme does not know.
+        """
+        if isinstance(self.scheme, TopK) and is_signs(form) and self.made_for is None:
+            raise ValueError(
+                "values must be other than Sign(), which CAT(SignTopK(), ...) is made "
+                f"for, with {self!r}"
+            )
+        return replace(self, form=form)
 
     def for_rank(self, rank: int) -> "CAT":
         """The same, its scheme seeded for this rank where that matters."""
@@ -304,5 +326,5 @@ class Choice(Selecting):
         n = residual.shape[0]
         dtype = "float64" if residual.dtype.itemsize == 8 else "float32"
         least, most = self.bounds(n, k)
-        message = Message(self.cat.made_for, dtype, n)
+        message = Message(self.cat.counted, dtype, n)
         return self.cat.best(levels, message, least, most)

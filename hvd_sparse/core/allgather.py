@@ -7,15 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hvd_sparse.core.contracts import Array, Exchange, PayloadError, Selection, Summed
-from hvd_sparse.core.flight import Flight, with_indices
+from hvd_sparse.core.contracts import Array, Exchange, PayloadError, Summed
+from hvd_sparse.core.flight import Flight, indices_of
 from hvd_sparse.core.fused import Fused, Pair, alike
 from hvd_sparse.core.loss_scale import largest
 from hvd_sparse.core.outbound import is_flat
-from hvd_sparse.core.payload import Payload, decode
+from hvd_sparse.core.payload import Payload, as_coded, decode
 from hvd_sparse.kernels import kernels_for
-
-_NOTHING = Selection(np.empty(0, np.int32), np.empty(0, np.float32), 0)
+from hvd_sparse.kernels.coding import Coded
 
 
 class Allgather:
@@ -61,37 +60,36 @@ class Allgather:
         payloads = self._exchange.finish(flight.handle)
         mine = payloads[self._exchange.rank]
         size = mine.wire_bytes
-        total = sum(p.wire_bytes for p in payloads if p is not None)
-        parts = [_decode(flight, payload) for payload in payloads]
+        there = [payload for payload in payloads if payload is not None]
+        total = sum(payload.wire_bytes for payload in there)
         summed = Summed(mine.k, size, total - size)
-        if any(part.nonfinite for part in parts):
+        parts = [_coded(flight, payload) for payload in there]
+        if any(payload.nonfinite for payload in there):
             return summed._replace(nonfinite=True)
-        entries = [(part.indices, part.values) for part in parts]
+        kernels = kernels_for(out)
         try:
-            kernels_for(out).aggregate(out.reshape(-1), entries, scale, flight.cleared)
+            kernels.aggregate_coded(out.reshape(-1), parts, scale, flight.cleared)
         except ValueError as error:
             raise PayloadError(f"{flight.tensor.name}: {error}") from None
         if not self._bounded:
             return summed
-        return summed._replace(bound=sum(largest(part.values) for part in parts))
+        return summed._replace(bound=sum(largest(decode(p).values) for p in there))
 
 
-def _decode(flight: Flight, payload: Payload | None) -> Selection:
-    """Its indices too, where they did not travel."""
-    tensor = flight.tensor
-    if payload is None:
-        return _NOTHING._replace(values=_NOTHING.values.astype(tensor.header.wide))
+def _coded(flight: Flight, payload: Payload) -> Coded:
+    """As it travels, and its indices where they did not."""
+    tensor, coded = flight.tensor, as_coded(payload)
     # a rank that missed some exchanges is a few steps behind, for once
     tensor.latest = max(tensor.latest, payload.header.step)
     if flight.indices is None:
-        return decode(payload, indexed=True)
+        return coded
     if payload.header.step != tensor.header.step:
-        return with_indices(tensor, payload)
-    return decode(payload)._replace(indices=flight.indices)
+        return coded._replace(indices=indices_of(tensor, payload.header))
+    return coded._replace(indices=flight.indices)
 
 
 def _may_join(flight: Flight, out: Array) -> bool:
-    """On the host, unrounded, contiguous, with a k that ranks share."""
+    """On the host, contiguous, with a k that ranks share."""
     if flight.cleared or not flight.tensor.plain:
         return False
     return isinstance(out, np.ndarray) and is_flat(out)

@@ -170,11 +170,19 @@ class Formatted(Protocol):
     """A sparsifier that is made for one way in which values travel.
 
     Attributes:
-        made_for: which; `values=` of an integration may say nothing else.
+        made_for: which; `values=` of an integration may say nothing else. None: any.
     """
 
     @property
-    def made_for(self) -> "Format": ...  # noqa: D102  # see above
+    def made_for(self) -> Any: ...  # noqa: D102  # see above
+
+
+class PerFormat(Protocol):
+    """A sparsifier whose choice depends on the bytes it makes."""
+
+    def for_format(self, form: "Format") -> Sparsifier:
+        """What selects for payloads of this format."""
+        ...
 
 
 class Request(NamedTuple):

@@ -6,7 +6,7 @@ that a payload promises by its cost.
 Khirirat, Magnusson, Aytekin, Johansson, Communication Efficient Sparsification for
 Large Scale Machine Learning, 2020, arXiv:2003.06377, has the three forms, on an
 idealised count of bits, `PaperPayload`. Unlike there, `Payload` counts the bytes that
-this package really sends: header, padding, signs and whole 4-byte indices.
+this package really sends: header, padding, signs and indices.
 """
 
 import math
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvd_sparse.core.contracts import Format
-from hvd_sparse.core.formats import Sign
+from hvd_sparse.core.formats import is_signs
 from hvd_sparse.core.payload import most_elements, payload_bytes
 
 Array = npt.NDArray[Any]
@@ -41,8 +41,8 @@ class Message(NamedTuple):
 
     @property
     def layout(self) -> int:
-        """The format's number, by which costs of earlier releases knew it."""
-        return self.form.layout
+        """3 for signs, else the format's number: as costs of earlier releases knew."""
+        return 3 if is_signs(self.form) else self.form.layout
 
 
 class Cost(Protocol):
@@ -120,7 +120,7 @@ class PaperPayload:
     def _bits(self, message: Message) -> tuple[int, int]:
         """Bits of a payload of no elements, and of each element."""
         index = max(1, math.ceil(math.log2(max(message.n, 1))))
-        signs = message.form == Sign()
+        signs = is_signs(message.form)
         return (self.value_bits, index) if signs else (0, index + self.value_bits)
 
     def bytes(self, sizes: Array, message: Message) -> Array:

@@ -39,9 +39,10 @@ class Tensor:
         clears: the sparsifier leaves zeros where the gradient was, if it is asked to.
         dense: this tensor takes the library's own allreduce.
         trusted: what is selected needs no check.
-        plain: small, on the host, and its payloads have a fixed size and entries that
-            are plain arrays: kernels may sum up it and others in one call.
+        plain: small, on the host, its payloads of a fixed size and a format of ours:
+            kernels may sum up it and others in one call.
         grouped: they may select from it and others in one call.
+        rounds: values do not travel as they are.
         scheduled: k changes with the steps.
         payload: the last one; its memory serves the next.
         flight: the last one.
@@ -63,6 +64,7 @@ class Tensor:
     trusted: bool
     plain: bool
     grouped: bool
+    rounds: bool = False
     scheduled: bool = False
     payload: Payload | None = None
     flight: "Flight | None" = None
@@ -175,9 +177,7 @@ def all_of(calls: Iterable[Callable[[], None]]) -> None:
         raise errors[0]
 
 
-def with_indices(tensor: Tensor, payload: Payload) -> Selection:
-    """What is in a payload, and the indices of a tensor whose payloads carry none."""
+def indices_of(tensor: Tensor, header: Header) -> Array:
+    """The indices of a tensor whose payloads carry none, in the step of this header."""
     sparsifier: Any = tensor.sparsifier  # a SharedIndices
-    header = payload.header
-    indices = sparsifier.indices(header.n, header.k, header.step)
-    return decode(payload)._replace(indices=indices)
+    return sparsifier.indices(header.n, header.k, header.step)

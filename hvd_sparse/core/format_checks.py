@@ -20,8 +20,8 @@ def check_format(form: Any) -> None:
     """
     if isinstance(form, type) or not offers(form, Format):
         raise TypeError(
-            "values must be Float32() or Sign(), or have all methods of a Format, "
-            f"got {form!r}"
+            "values must be Float32() or another format of hvd_sparse, or have all "
+            f"methods of a Format, got {form!r}"
         )
     if is_ours(form):
         return

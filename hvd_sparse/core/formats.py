@@ -1,179 +1,173 @@
 """Formats: which bytes the entries of a payload become, and how many for k of them.
 
-An entry is an index and a value. `values=` of an integration chooses how values travel;
-indices are int32, unless every rank knows them and they stay at home. What is before
-the entries is the business of `hvd_sparse.core.frame`.
-
-| layout | format | bytes of k entries, values of v bytes |
-|---|---|---|
-| 1 | `Float32` | k v of values, then 4 k of indices |
-| 2 | `ValuesOnly` | k v of values |
-| 3 | `Sign` | v of one scale, then k words of 4: bits 0-30 index, bit 31 sign |
-
-v is 4, or 8 for a float64 gradient.
+An entry is an index and a value: `values=` of an integration chooses how values travel,
+`indices=` how indices do. What is before the entries is the business of
+`hvd_sparse.core.frame`.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from hvd_sparse.core.contracts import Array, Format
+from hvd_sparse.core.contracts import Array, Format, PayloadError
+from hvd_sparse.core.indices import EliasFano, Indices, KnownIndices, RawIndices
+from hvd_sparse.core.values import Float32, Sign, Values, float_bytes
+from hvd_sparse.kernels import coding, host
+from hvd_sparse.kernels.coding import Coded
 
 Bytes = npt.NDArray[np.uint8]
 
 _INDEX: Any = np.dtype("<i4")
-_INDEX_BYTES = 4
-_VALUES: dict[int, Any] = {4: np.dtype("<f4"), 8: np.dtype("<f8")}
-_SIGN = np.uint32(1 << 31)
+_FLOATS: dict[int, Any] = {4: np.dtype("<f4"), 8: np.dtype("<f8")}
+_FIRST = {(1, 1): 1, (1, 0): 2}  # the numbers that the oldest formats have
 
 
-def value_bytes(dtype: str) -> int:
-    """Bytes of one unrounded value of a gradient of this dtype."""
-    return 8 if dtype == "float64" else 4
+class Places(NamedTuple):
+    """Where all is in the bytes of entries.
+
+    Attributes:
+        indices_at: where indices begin; values begin at 0.
+        index_kind: as `hvd_sparse.kernels.coding` has it; so is value_kind.
+        size: bytes.
+    """
+
+    indices_at: int
+    index_kind: int
+    value_kind: int
+    size: int
 
 
 @dataclass(frozen=True)
-class Float32:
-    """Values as they are: float32, or float64 for a float64 gradient.
+class Entries:
+    """Values, then indices, each in a format of its own.
+
+    Args:
+        values: `Float32()`, `Float16()`, `BFloat16()`, `Int8()`, `Int4()`, `Int2()` or
+            `Sign()`.
+        indices: `EliasFano()` or `RawIndices()`.
 
     Example:
-        >>> Float32().bytes(10, "float32", n=1000)
+        >>> Entries(Float32(), RawIndices()).bytes(10, "float32", n=1000)
         80
     """
 
-    layout = 1
+    values: Values
+    indices: Indices = EliasFano()  # noqa: RUF009  # frozen: one instance serves all
+
+    @property
+    def layout(self) -> int:
+        """Its number, which ranks agree on."""
+        pair = self.values.layout, self.indices.layout
+        return _FIRST.get(pair, 8 * pair[0] + pair[1])
 
     def bytes(self, k: Any, dtype: str, n: int) -> Any:
-        """Bytes of k values and k indices."""
-        return k * (value_bytes(dtype) + _INDEX_BYTES)
+        """Bytes of k entries of a gradient of n elements; k a number or an array."""
+        values = self.values.bytes(k, dtype)
+        packed = values + self.indices.bytes(k, n)
+        if self.indices.layout == 0:
+            return packed
+        raw = _up(values) + 4 * k
+        if isinstance(self.indices, RawIndices):
+            return raw
+        return (
+            np.minimum(packed, raw) if isinstance(k, np.ndarray) else min(packed, raw)
+        )
 
     def most(self, size: Any, dtype: str, n: int) -> Any:
-        """The most entries that so many bytes have room for."""
-        return size // (value_bytes(dtype) + _INDEX_BYTES)
+        """The most entries, up to n, that size bytes have room for; -1 if not 0."""
+        sizes = np.asarray(size, np.int64)
+        low, high = np.full_like(sizes, -1), np.full_like(sizes, n)
+        while (low < high).any():
+            middle = (low + high + 1) // 2
+            fits = self.bytes(middle, dtype, n) <= sizes
+            low, high = np.where(fits, middle, low), np.where(fits, high, middle - 1)
+        return low if isinstance(size, np.ndarray) else int(low)
 
-    def write(self, out: Bytes, indices: Array, values: Array, n: int) -> Array:
-        """Overwrites out; returns the values a receiver will read, these."""
-        out[: values.nbytes] = values.view(np.uint8)
-        out[values.nbytes :] = indices.view(np.uint8)
-        return values
+    def places(self, k: int, dtype: str, n: int) -> Places:
+        """Where values and indices of k entries lie."""
+        return _places(self, k, dtype, n)
 
-    def read(self, data: Bytes, k: int, dtype: str, n: int) -> tuple[Array, Array]:
-        """Views of the bytes: (k,) indices, (k,) values."""
-        end = k * value_bytes(dtype)
-        return data[end:].view(_INDEX), data[:end].view(_VALUES[value_bytes(dtype)])
-
-    def without_indices(self) -> "ValuesOnly":
-        """The same where every rank knows them."""
-        return ValuesOnly()
-
-
-@dataclass(frozen=True)
-class ValuesOnly:
-    """As Float32, of indices that every rank knows: see `SharedIndices`."""
-
-    layout = 2
-
-    def bytes(self, k: Any, dtype: str, n: int) -> Any:
-        """Bytes of k values."""
-        return k * value_bytes(dtype)
-
-    def most(self, size: Any, dtype: str, n: int) -> Any:
-        """The most entries that so many bytes have room for."""
-        return size // value_bytes(dtype)
-
-    def write(self, out: Bytes, indices: Array, values: Array, n: int) -> Array:
-        """Overwrites out; returns the values a receiver will read, these."""
-        del indices
-        out[:] = values.view(np.uint8)
-        return values
-
-    def read(self, data: Bytes, k: int, dtype: str, n: int) -> tuple[Array, Array]:
-        """No indices, and a view of the bytes: (k,) values."""
-        del k
-        return np.empty(0, _INDEX), data.view(_VALUES[value_bytes(dtype)])
-
-    def without_indices(self) -> "ValuesOnly":
-        """This."""
-        return self
-
-
-@dataclass(frozen=True)
-class Sign:
-    """Every value as plus or minus one scale, the mean magnitude: S+Q.
-
-    4 bytes an entry and one scale, half of what `Float32` takes. Of all scales it
-    leaves the smallest residual in the 2-norm; what rounding takes away stays there.
-    The sign of a zero is that of its bit.
-
-    Khirirat, Magnusson, Aytekin, Johansson, Communication Efficient Sparsification for
-    Large Scale Machine Learning, 2020, arXiv:2003.06377; see `SignTopK`.
-
-    Example:
-        >>> Sign().bytes(10, "float32", n=1000)
-        44
-    """
-
-    layout = 3
-
-    def bytes(self, k: Any, dtype: str, n: int) -> Any:
-        """Bytes of the scale and k words."""
-        return value_bytes(dtype) + _INDEX_BYTES * k
-
-    def most(self, size: Any, dtype: str, n: int) -> Any:
-        """The most entries that so many bytes have room for; negative if not even 0."""
-        return (size - value_bytes(dtype)) // _INDEX_BYTES
+    def coded(self, data: Bytes, k: int, dtype: str, n: int) -> Coded:
+        """The same bytes, as kernels write and read them."""
+        indices_at, index_kind, value_kind, size = _places(self, k, dtype, n)
+        values = data[: self.values.bytes(k, dtype)]
+        if value_kind == coding.FLOAT:
+            values = values.view(_FLOATS[float_bytes(dtype)])
+        indices = data[indices_at:size]
+        if index_kind == coding.RAW:
+            indices = indices.view(_INDEX)
+        return Coded(indices, values, k, index_kind, value_kind)
 
     def write(self, out: Bytes, indices: Array, values: Array, n: int) -> Array:
         """Overwrites out; returns the values a receiver will read, (k,)."""
-        scale = mean_magnitude(values)
-        out[: scale.nbytes] = scale.view(np.uint8)
-        words = out[scale.nbytes :].view(np.uint32)
-        words[:] = indices.view(np.uint32)
-        words[np.signbit(values)] |= _SIGN
-        return np.copysign(scale, values)
+        k, dtype = values.shape[0], str(values.dtype)
+        given = indices if self.indices.layout else indices[:0]
+        out[self.values.bytes(k, dtype) :][:4] = 0  # what may lie before indices
+        return host.encode(self.coded(out, k, dtype, n), given, values, n)
 
     def read(self, data: Bytes, k: int, dtype: str, n: int) -> tuple[Array, Array]:
-        """Copies: (k,) indices, (k,) values."""
-        start = value_bytes(dtype)
-        words = data[start:].view("<u4")
-        values = np.repeat(data[:start].view(_VALUES[start]), k)
-        np.negative(values, out=values, where=words >= _SIGN)
-        return (words & ~_SIGN).view(np.int32), values
+        """(k,) indices, none if every rank knows them, and (k,) values.
 
-    def without_indices(self) -> Format:
-        """Refused: signs travel in the words of indices.
+        Views of the bytes where they travel as they are.
 
         Raises:
-            ValueError: always.
+            PayloadError: there are fewer indices below n.
         """
+        coded = self.coded(data, k, dtype, n)
+        like = np.empty(0, _FLOATS[float_bytes(dtype)])
+        indices, values = host.decode(coded, n, like)
+        if self.indices.layout and len(indices) < k:
+            raise PayloadError(
+                f"indices must ascend in [0, {n}), {k - len(indices)} of {k} do not"
+            )
+        return indices, values
+
+    def without_indices(self) -> "Entries":
+        """The same where every rank knows them."""
+        return Entries(self.values, KnownIndices())
+
+
+@lru_cache(maxsize=1 << 14)
+def _places(form: Entries, k: int, dtype: str, n: int) -> Places:
+    values = form.values.bytes(k, dtype)
+    size = form.bytes(k, dtype, n)
+    raw = size == _up(values) + 4 * k or not form.indices.layout
+    kind = coding.RAW if raw else coding.ELIAS_FANO
+    indices_at = _up(values) if raw and form.indices.layout else values
+    return Places(indices_at, kind, form.values.layout, size)
+
+
+def _up(size: Any) -> Any:
+    """To where int32 may lie."""
+    return (size + 3) // 4 * 4
+
+
+def joined(values: Values | Format | None, indices: Indices | None) -> Format:
+    """What `values=` and `indices=` of an integration say together.
+
+    Raises:
+        TypeError: they are no formats.
+        ValueError: values is a `Format` of one's own, which has indices already.
+    """
+    if indices is not None and not isinstance(indices, EliasFano | RawIndices):
+        raise TypeError(f"indices must be EliasFano() or RawIndices(), got {indices!r}")
+    if values is None or isinstance(values, Values):
+        return Entries(values or Float32(), indices or EliasFano())
+    if indices is not None:
         raise ValueError(
-            "values=Sign() needs indices that travel, and every rank knows those of "
-            "this sparsifier: use values=Float32()"
+            f"indices must be left out with values={values!r}: it has its own"
         )
+    return values
+
+
+def is_signs(form: Format) -> bool:
+    """Whether its values are signs of one scale."""
+    return isinstance(form, Entries) and form.values == Sign()
 
 
 def is_ours(form: Format) -> bool:
     """Whether tests prove what it reads, so that it is not checked again."""
-    return type(form) in (Float32, ValuesOnly, Sign)
-
-
-def is_plain(form: Format) -> bool:
-    """Whether kernels may write and read its entries, at their `offsets`."""
-    return type(form) is Float32
-
-
-def offsets(k: int, dtype: str) -> tuple[int, int]:
-    """Where indices begin, and where values do, in the bytes of plain entries."""
-    return k * value_bytes(dtype), 0
-
-
-def mean_magnitude(values: Array) -> Array:
-    """(1,) of the values' dtype: sum |v| / k, 0 of none; sums beyond range are fine."""
-    magnitudes = np.abs(values).astype(np.float64)
-    largest = float(magnitudes.max(initial=0.0))
-    if largest == 0:
-        return np.zeros(1, values.dtype)
-    power = 2.0 ** np.frexp(largest)[1].clip(-1022, 1023)  # exact, but for subnormals
-    return np.array([(magnitudes / power).mean() * power], values.dtype)
+    return type(form) is Entries

@@ -11,7 +11,7 @@ import numpy as np
 
 from hvd_sparse.core.contracts import Array, PayloadError
 from hvd_sparse.core.flight import Flight
-from hvd_sparse.core.formats import offsets
+from hvd_sparse.core.formats import Entries
 from hvd_sparse.core.payload import Bytes, Header, Payload, entry_bytes
 from hvd_sparse.kernels import host
 
@@ -77,12 +77,12 @@ class Fused:
 
 
 class _Room:
-    """For the entries of some tensors, which are plain arrays, side by side."""
+    """For the entries of some tensors, in formats of ours, side by side."""
 
     def __init__(self, headers: Sequence[Header]) -> None:
         """Of these tensors, in this order; the steps of the headers do not matter."""
         sizes = [entry_bytes(h.form, h.dtype, h.n, h.k) for h in headers]
-        # (payloads, 3) int64: where indices and values begin in the entries, and k
+        # (payloads, 5) int64: where indices and values begin in the entries; k, kinds
         self._places = np.array([_places(header) for header in headers])
         self._bounds = np.concatenate([[0], np.cumsum(sizes)])
 
@@ -91,8 +91,8 @@ class _Room:
 
         Returns:
             parts: of each tensor, side by side in fresh memory.
-            table: (payloads, 3) int64: where to write indices and values, as addresses,
-                and k.
+            table: (payloads, 5) int64: where to write indices and values, as addresses;
+                k, and the two kinds: a row of `kernels.host.entries` for each.
         """
         buffer = np.zeros(self._bounds[-1], np.uint8)
         table = self._places.copy()
@@ -106,16 +106,17 @@ class _Room:
             addresses: (ranks, payloads) int64: of the entries of each.
 
         Returns:
-            (payloads, ranks, 3) int64: addresses of indices and of values, and k.
+            (payloads, ranks, 5) int64: the same.
         """
         table = np.repeat(self._places[:, None], len(addresses), axis=1)
         table[..., :2] += addresses.T[..., None]
         return table
 
 
-def _places(header: Header) -> tuple[int, int, int]:
-    indices_at, values_at = offsets(header.k, header.dtype)
-    return indices_at, values_at, header.k
+def _places(header: Header) -> tuple[int, int, int, int, int]:
+    assert isinstance(header.form, Entries)
+    places = header.form.places(header.k, header.dtype, header.n)
+    return places.indices_at, 0, header.k, places.index_kind, places.value_kind
 
 
 def alike(pairs: Iterable[Pair]) -> list[list[Pair]]:

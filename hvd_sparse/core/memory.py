@@ -62,6 +62,12 @@ class Kept:
             self._correcting.sent(name, indices)
 
     @property
+    def adds_rests(self) -> bool:
+        """Whether what rounding takes is added to the residual, and nothing else."""
+        keep: object = type(self.memory).keep
+        return keep is ErrorFeedback.keep
+
+    @property
     def is_corrected(self) -> bool:
         """Whether the memory adds something else than gradients."""
         return self._correcting is not None

@@ -50,12 +50,25 @@ class Outbound:
             bucket: flights, and their gradients, in any shape.
             in_place: names of those whose memory is free from now on.
         """
-        for group in alike(pair for pair in bucket if _may_join(*pair, in_place)):
+        for group in alike(pair for pair in bucket if self._may_join(*pair, in_place)):
             self._select_group(group)
         for flight, gradient in bucket:
             if flight.phase is Phase.FILLING and not flight.tensor.dense:
                 free = flight.tensor.name in in_place
                 self._select(flight, gradient, in_place=free)
+
+    def _may_join(
+        self, flight: Flight, gradient: Array, in_place: Container[str]
+    ) -> bool:
+        """Whether kernels may select from it and others at once.
+
+        They leave the gradient as it is, which costs large ones in place a pass more;
+        and what rounding takes they add to the residual.
+        """
+        tensor = flight.tensor
+        small = tensor.header.n <= _CACHED or tensor.name not in in_place
+        joins = tensor.grouped and small and is_flat(gradient)
+        return joins and (self._kept.adds_rests or not tensor.rounds)
 
     def _select_group(self, group: Sequence[Pair]) -> None:
         """Many small ones; raises when each is in its residual."""
@@ -155,16 +168,6 @@ def _select_by_users(tensor: Tensor, residual: Array, incoming: Array) -> Select
         raise
     indices, values, nonfinite = selection
     return Selection(_flat(indices), _flat(values), nonfinite)
-
-
-def _may_join(flight: Flight, gradient: Array, in_place: Container[str]) -> bool:
-    """Whether kernels may select from it and others at once.
-
-    They leave the gradient as it is, which costs large ones in place a pass more.
-    """
-    tensor = flight.tensor
-    small = tensor.header.n <= _CACHED or tensor.name not in in_place
-    return tensor.grouped and small and is_flat(gradient)
 
 
 def _flat(gradient: Array) -> Array:

@@ -37,6 +37,7 @@ from hvd_sparse.core.contracts import (
 )
 from hvd_sparse.core.flight import Flight, Phase, Tensor, all_of
 from hvd_sparse.core.inbound import Inbound
+from hvd_sparse.core.indices import Indices
 from hvd_sparse.core.loss_scale import LossScale
 from hvd_sparse.core.memory import ErrorFeedback, Kept
 from hvd_sparse.core.outbound import Outbound
@@ -45,6 +46,7 @@ from hvd_sparse.core.residuals import Residuals
 from hvd_sparse.core.routing import Dense
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.core.undo import Undo
+from hvd_sparse.core.values import Values
 
 
 class GradientPath:
@@ -57,7 +59,8 @@ class GradientPath:
         *,
         op: int = Average,
         dense: Dense | None = None,
-        values: Format | None = None,
+        values: Values | Format | None = None,
+        indices: Indices | None = None,
         memory: Memory | None = None,
         collective: Collective | None = None,
         observers: Sequence[Observer] = (),
@@ -71,7 +74,9 @@ class GradientPath:
             exchange: who carries the bytes.
             op: Average over the ranks, or Sum.
             dense: which tensors go dense; WhenCheaper() unless given.
-            values: a format; as the sparsifier is made for, or Float32(), unless given.
+            values: how values travel; as the sparsifier is made for, or Float32(),
+                unless given.
+            indices: how indices do; EliasFano() unless given.
             memory: what keeps the rest; ErrorFeedback() unless given.
             collective: who sums up; Allgather(exchange) unless given.
             observers: who looks on.
@@ -79,15 +84,15 @@ class GradientPath:
             undo: keep what `residuals.discard` needs.
 
         Raises:
-            TypeError: sparsifier has no select method, dense is no rule, values is no
-                format, or one of them holds what ranks can not agree on.
+            TypeError: sparsifier has no select method, dense is no rule, values or
+                indices no format, or one of them holds what ranks can not agree on.
             ValueError: op is neither Average nor Sum, or the sparsifier is made for
                 other values.
         """
         self.exchange = exchange
         self.memory = memory if memory is not None else ErrorFeedback()
         self.traffic = Traffic()
-        self.plan = Plan(sparsifier, exchange, op, dense, values)
+        self.plan = Plan(sparsifier, exchange, op, dense, values, indices)
         self.tensors = self.plan.tensors  # per name, of those that were admitted
         self._kept = kept = Kept(self.memory)
         self.scaling = LossScale(loss_scale, self.plan, kept)

@@ -13,6 +13,8 @@ import numpy.typing as npt
 
 from hvd_sparse.core.contracts import Array, Format, PayloadError, Selection
 from hvd_sparse.core.format_checks import read_entries
+from hvd_sparse.core.formats import Entries
+from hvd_sparse.kernels.coding import Coded, plain
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -144,8 +146,7 @@ def decode(payload: Payload, *, indexed: bool = False) -> Selection:
     Its indices are empty where every rank knows them.
 
     Raises:
-        PayloadError: a format of a user's own gives something else than k entries, or,
-            of a payload that is `indexed`, no indices.
+        PayloadError: there are not k entries in it.
     """
     header, k = payload.header, payload.k
     form, dtype, n = header.form, header.dtype, header.n
@@ -154,6 +155,19 @@ def decode(payload: Payload, *, indexed: bool = False) -> Selection:
     if indexed and indices.size != k:
         raise PayloadError(f"{form!r}: read must give {k} indices, got {indices.size}")
     return Selection(indices, values, int(payload.nonfinite))
+
+
+def as_coded(payload: Payload) -> Coded:
+    """The entries as kernels read them: as they travel, if the format is ours.
+
+    Its indices are empty where every rank knows them. Raises as `decode`.
+    """
+    header, k = payload.header, payload.k
+    form = header.form
+    if isinstance(form, Entries):
+        return form.coded(payload.entries, k, header.dtype, header.n)
+    selection = decode(payload)
+    return plain(selection.indices, selection.values)._replace(k=k)
 
 
 def _on_host(array: Any) -> Any:

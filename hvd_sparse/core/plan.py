@@ -20,6 +20,7 @@ from hvd_sparse.core.contracts import (
     Format,
     Grouped,
     Op,
+    PerFormat,
     PerRank,
     PerScale,
     PerTensor,
@@ -31,7 +32,8 @@ from hvd_sparse.core.contracts import (
 )
 from hvd_sparse.core.flight import Tensor
 from hvd_sparse.core.format_checks import check_format
-from hvd_sparse.core.formats import is_ours, is_plain
+from hvd_sparse.core.formats import Entries, is_ours
+from hvd_sparse.core.indices import Indices, KnownIndices, RawIndices
 from hvd_sparse.core.payload import DTYPES, MOST_ELEMENTS, Header
 from hvd_sparse.core.routing import Dense, Never, WhenCheaper
 from hvd_sparse.core.sparsifiers import (
@@ -40,6 +42,7 @@ from hvd_sparse.core.sparsifiers import (
     fixed_density,
     format_of,
 )
+from hvd_sparse.core.values import Float32, Values
 from hvd_sparse.kernels.host import is_one_part
 
 ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -54,7 +57,8 @@ class Plan:
         exchange: Exchange,
         op: int,
         dense: Dense | None,
-        values: Format | None = None,
+        values: Values | Format | None = None,
+        indices: Indices | None = None,
     ) -> None:
         """As for GradientPath, which says what is raised."""
         if isinstance(sparsifier, type) or not offers(sparsifier, Sparsifier):
@@ -64,7 +68,9 @@ class Plan:
             )
         if not isinstance(dense, WhenCheaper | Never | None):
             raise TypeError(f"dense must be WhenCheaper() or Never(), got {dense!r}")
-        check_format(format_of(sparsifier, values))
+        form = format_of(sparsifier, values, indices)
+        check_format(form)
+        _for_format(sparsifier, form)
         if op not in (Op.Average, Op.Sum):
             raise ValueError(f"op must be Average or Sum, got {op!r}")
         self.sparsifier = sparsifier
@@ -72,10 +78,12 @@ class Plan:
         # as they are now: what they count while they select is not part of it
         self._chosen = describe(sparsifier, "sparsifier")
         self._rule = describe(self.dense, "dense")
-        self._given = values
-        said = _format(sparsifier, values) != _format(sparsifier, None)
+        self._given = values, indices
+        said = _format(sparsifier, values) != _format(sparsifier)
         # where it is nothing new nothing is said: states of old have nothing there
         self._values = f", values={describe(values, 'values')}" if said else ""
+        # how indices travel leaves nothing in a state
+        self._indices = ", indices=RawIndices()" if indices == RawIndices() else ""
         self.op = Op(op)
         self.op_name = self.op.name  # an integration that finds out later says so here
         self.tensors: dict[str, Tensor] = {}
@@ -133,7 +141,7 @@ class Plan:
         trusted = _is_proved(sparsifier)
         wide = dtype in ("float32", "float64")
         plain = (
-            is_plain(form)
+            _is_grouped(form)
             and wide
             and not (dense or varies)
             and isinstance(gradient, np.ndarray)
@@ -154,6 +162,7 @@ class Plan:
             trusted=trusted,
             plain=plain,
             grouped=plain and trusted and offers(sparsifier, Grouped),
+            rounds=not isinstance(form, Entries) or form.values != Float32(),
             scheduled=offers(sparsifier, Scheduled) and not (dense or varies),
             chosen=chosen,
         )
@@ -168,7 +177,7 @@ class Plan:
         self.loss_scale = loss_scale
         for name, tensor in self.tensors.items():
             self._set_digest(tensor)
-            tensor.sparsifier = self._own(name)
+            tensor.sparsifier = self._own(name)[0]
 
     def _follow_schedule(self, tensor: Tensor) -> None:
         """Set k to what it is in the step to come."""
@@ -203,8 +212,7 @@ class Plan:
         self, name: str, n: int, dtype: str
     ) -> tuple[Sparsifier, Format, int, bool]:
         """The sparsifier for this tensor, its format, its k, whether it goes dense."""
-        sparsifier = self._own(name)
-        form = _format(sparsifier, self._given)
+        sparsifier, form = self._own(name)
         size = self._exchange.size * self._exchange.weight
         dense = Never() if name in self.always_sparse else self.dense
         limit = dense.limit(n, dtype, ITEMSIZES[dtype], form, size)
@@ -214,8 +222,8 @@ class Plan:
         k = elements(density, n)
         return sparsifier, form, k, limit < k
 
-    def _own(self, name: str) -> Sparsifier:
-        """The sparsifier as this rank, this tensor and the loss scale have it."""
+    def _own(self, name: str) -> tuple[Sparsifier, Format]:
+        """The sparsifier as this rank and tensor have it, and its format."""
         sparsifier = self.sparsifier
         if offers(sparsifier, PerRank):
             sparsifier = sparsifier.for_rank(self._exchange.rank)
@@ -223,7 +231,8 @@ class Plan:
             sparsifier = sparsifier.for_tensor(name)
         if offers(sparsifier, PerScale) and self.loss_scale is not None:
             sparsifier = sparsifier.for_scale(self.loss_scale)
-        return sparsifier
+        form = _format(sparsifier, *self._given)
+        return _for_format(sparsifier, form), form
 
     @property
     def configuration(self) -> str:
@@ -234,9 +243,10 @@ class Plan:
     @property
     def agreed(self) -> str:
         """The configuration, and what belongs to a step."""
+        chosen = self.configuration + self._indices
         if self.loss_scale is None:
-            return self.configuration
-        return f"{self.configuration}, loss scale {self.loss_scale}"
+            return chosen
+        return f"{chosen}, loss scale {self.loss_scale}"
 
     @property
     def old_configurations(self) -> Iterator[str]:
@@ -245,15 +255,30 @@ class Plan:
             yield f"{chosen}, op={self.op_name}, dense={self.dense!r}{self._values}"
 
 
-def _format(sparsifier: Sparsifier, values: Format | None) -> Format:
+def _format(
+    sparsifier: Sparsifier,
+    values: Values | Format | None = None,
+    indices: Indices | None = None,
+) -> Format:
     """Of payloads: their values, and indices unless every rank knows them."""
-    form = format_of(sparsifier, values)
+    form = format_of(sparsifier, values, indices)
     if not _is_shared(sparsifier):
         return form
     bare = form.without_indices()
     if not offers(bare, Format):
         raise TypeError(f"{form!r}: without_indices must give a Format, got {bare!r}")
     return bare
+
+
+def _for_format(sparsifier: Sparsifier, form: Format) -> Sparsifier:
+    if offers(sparsifier, PerFormat):
+        return sparsifier.for_format(form)
+    return sparsifier
+
+
+def _is_grouped(form: Format) -> bool:
+    """Whether kernels write and read it, indices and all."""
+    return isinstance(form, Entries) and form.indices != KnownIndices()
 
 
 def _is_proved(sparsifier: Sparsifier) -> TypeGuard[Proved]:

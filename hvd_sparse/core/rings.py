@@ -14,10 +14,11 @@ SC 2019, has the sparse allreduce that `split_allreduce` counts, and how a union
 from dataclasses import dataclass
 
 from hvd_sparse.core.contracts import Format
-from hvd_sparse.core.formats import Float32
+from hvd_sparse.core.formats import Entries
 from hvd_sparse.core.payload import MOST_ELEMENTS, payload_bytes
+from hvd_sparse.core.values import Float32
 
-_PLAIN = Float32()
+_PLAIN = Entries(Float32())
 
 
 @dataclass(frozen=True)

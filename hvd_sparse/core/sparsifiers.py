@@ -25,8 +25,10 @@ from hvd_sparse.core.contracts import (
     Sparsifier,
     offers,
 )
-from hvd_sparse.core.formats import Float32, Sign
+from hvd_sparse.core.formats import joined
+from hvd_sparse.core.indices import Indices
 from hvd_sparse.core.levels import Levels
+from hvd_sparse.core.values import Sign, Values
 from hvd_sparse.kernels import host, kernels_for
 
 _Kind = TypeVar("_Kind")
@@ -55,20 +57,23 @@ def fixed_density(sparsifier: Sparsifier) -> float | None:
     return sparsifier.density if offers(sparsifier, FixedDensity) else None
 
 
-def format_of(sparsifier: Sparsifier, values: Format | None = None) -> Format:
-    """How its values travel: as the user says, as it is made for, or unrounded.
+def format_of(
+    sparsifier: Sparsifier,
+    values: Values | Format | None = None,
+    indices: Indices | None = None,
+) -> Format:
+    """How its payloads travel: as the user says, as it is made for, or unrounded.
 
     Raises:
+        TypeError: values or indices are no formats.
         ValueError: the user says otherwise than it is made for.
     """
-    if not offers(sparsifier, Formatted):
-        return Float32() if values is None else values
-    own = sparsifier.made_for
-    if values not in (None, own):
+    own = sparsifier.made_for if offers(sparsifier, Formatted) else None
+    if own is not None and values not in (None, own):
         raise ValueError(
             f"values must be {own!r}, which {sparsifier!r} is made for, got {values!r}"
         )
-    return own
+    return joined(own if values is None else values, indices)
 
 
 def proved(kind: type[_Kind]) -> type[_Kind]:

@@ -6,7 +6,6 @@ from typing import ClassVar
 import numpy as np
 
 from hvd_sparse.core.contracts import Array, Request, Selection
-from hvd_sparse.core.formats import Float32
 from hvd_sparse.core.levels import Levels
 from hvd_sparse.core.sparsifiers import (
     Selecting,
@@ -16,6 +15,7 @@ from hvd_sparse.core.sparsifiers import (
     elements,
     proved,
 )
+from hvd_sparse.core.values import Float32
 from hvd_sparse.kernels import kernels_for
 
 

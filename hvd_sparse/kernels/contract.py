@@ -3,7 +3,10 @@
 `hvd_sparse.kernels.reference` is the oracle, `host` and `device` must give its bits.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
+
+from hvd_sparse.kernels.coding import Coded
 
 Array = Any  # numpy.ndarray or torch.Tensor
 
@@ -99,6 +102,16 @@ class Kernels(Protocol):
         cleared: bool = False,
     ) -> None:
         """Overwrites out with the scaled sum of payloads, rank by rank."""
+        ...
+
+    def aggregate_coded(
+        self,
+        out: Array,
+        payloads: Sequence[Coded],
+        scale: float,
+        cleared: bool = False,
+    ) -> None:
+        """The same of entries as they travel; see `hvd_sparse.kernels.coding`."""
         ...
 
     def random_indices(self, n: int, k: int, seed: int) -> Array:

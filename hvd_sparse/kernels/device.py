@@ -6,12 +6,15 @@ its namesake in `host`, and gives the same bits; the accumulation makes temporar
 the gradient's size on the device.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from hvd_sparse.kernels import host
 from hvd_sparse.kernels.bins import BINS, SHIFTS
+from hvd_sparse.kernels.coding import Coded
 from hvd_sparse.kernels.contract import NothingAddedError
 from hvd_sparse.kernels.reference import check_indices, check_places
 
@@ -224,6 +227,18 @@ def aggregate(
     for indices, values in payloads:
         _add_at(total, indices, values)
     out.copy_(total.mul_(torch.tensor(scale, dtype=total.dtype)))
+
+
+def aggregate_coded(
+    out: Tensor, payloads: Sequence[Coded], scale: float, cleared: bool = False
+) -> None:
+    """As aggregate; bytes come over the host, which decodes them."""
+    like = np.empty(0, np.float64 if out.dtype == torch.float64 else np.float32)
+    arrays = [host.decode(coded, out.numel(), like) for coded in payloads]
+    lost = sum(c.k - len(a[0]) for c, a in zip(payloads, arrays, strict=True))
+    if lost:
+        raise ValueError(f"indices must ascend in [0, {out.numel()}), {lost} do not")
+    aggregate(out, arrays, scale, cleared)
 
 
 def random_indices(n: int, k: int, seed: int) -> Any:

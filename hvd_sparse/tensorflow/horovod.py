@@ -28,10 +28,12 @@ import tensorflow as tf
 
 from hvd_sparse.advice import Adviser
 from hvd_sparse.core.contracts import Average, Format, Op, Sparsifier
+from hvd_sparse.core.indices import Indices
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.sparsifiers import fixed_density
 from hvd_sparse.core.traffic import Traffic
+from hvd_sparse.core.values import Values
 from hvd_sparse.tensorflow.advice import advise
 from hvd_sparse.tensorflow.gathers import GraphExchange, horovod
 from hvd_sparse.tensorflow.horovod_frames import (
@@ -82,7 +84,8 @@ class SparseCompressor:
         *,
         op: int = Average,
         dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
-        values: Format | None = None,
+        values: Values | Format | None = None,
+        indices: Indices | None = None,
         prefix: str = "hvd_sparse",
         process_set: Any = None,
         timeout_s: float = 600,
@@ -95,8 +98,11 @@ class SparseCompressor:
             op: that of the optimizer: hvd.Average or hvd.Sum.
             dense: which tensors go dense, by Horovod's own allreduce: WhenCheaper() or
                 Never().
-            values: how values travel: Float32(), Sign(), which takes half the bytes, or
-                a Format of your own; unless given as the sparsifier is made for.
+            values: how values travel: Float32(), Float16(), BFloat16(), Int8(), Int4(),
+                Int2(), Sign(), or a Format of your own; unless given as the sparsifier
+                is made for.
+            indices: how indices travel: EliasFano(), some 2 + log2(n / k) bits each, or
+                RawIndices(), 32 bits.
             prefix: of the names of collectives: letters, digits, and any of . _ / -.
                 Optimizers that work at the same time need different ones.
             process_set: the one that is given to the optimizer, if any.
@@ -124,6 +130,7 @@ class SparseCompressor:
             op=op,
             dense=dense,
             values=values,
+            indices=indices,
             undo=undo,
         )
         self._adviser = Adviser(advise, sparsifier)

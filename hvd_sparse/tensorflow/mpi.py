@@ -15,8 +15,10 @@ import tensorflow as tf
 
 from hvd_sparse.core.configuration import describe
 from hvd_sparse.core.contracts import Average, ExchangeError, Format, Op, Sparsifier
+from hvd_sparse.core.indices import Indices
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
+from hvd_sparse.core.values import Values
 from hvd_sparse.mpi import SparseAllreduce
 from hvd_sparse.tensorflow.gradients import Gradients
 from hvd_sparse.tensorflow.horovod_frames import is_saving, is_serializing
@@ -82,7 +84,8 @@ class DistributedGradientTape:
         comm: Any = None,
         op: int = Average,
         dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
-        values: Format | None = None,
+        values: Values | Format | None = None,
+        indices: Indices | None = None,
         timeout_s: float = 600,
         undo: bool = False,
     ) -> None:
@@ -95,8 +98,11 @@ class DistributedGradientTape:
                 unless given.
             op: hvd_sparse.Average over the ranks of comm, or hvd_sparse.Sum.
             dense: which tensors go dense: WhenCheaper() or Never().
-            values: how values travel: Float32(), Sign(), which takes half the bytes, or
-                a Format of your own; unless given as the sparsifier is made for.
+            values: how values travel: Float32(), Float16(), BFloat16(), Int8(), Int4(),
+                Int2(), Sign(), or a Format of your own; unless given as the sparsifier
+                is made for.
+            indices: how indices travel: EliasFano(), some 2 + log2(n / k) bits each, or
+                RawIndices(), 32 bits.
             timeout_s: seconds to wait for peers in a step; a warning comes at 60.
             undo: keep a copy of every residual, so that `discard` can bring it back:
                 memory of the gradients' size, and one pass more over it.
@@ -116,6 +122,7 @@ class DistributedGradientTape:
             op,
             dense=dense,
             values=values,
+            indices=indices,
             timeout_s=timeout_s,
             undo=undo,
         )
@@ -210,7 +217,8 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
     comm: Any = None,
     op: int = Average,
     dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
-    values: Format | None = None,
+    values: Values | Format | None = None,
+    indices: Indices | None = None,
     timeout_s: float = 600,
 ) -> Any:
     """Make a Keras optimizer average sparsified gradients before it applies them.
@@ -230,8 +238,11 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
             unless given.
         op: hvd_sparse.Average over the ranks of comm, or hvd_sparse.Sum.
         dense: which tensors go dense: WhenCheaper() or Never().
-        values: how values travel: Float32(), Sign(), which takes half the bytes, or
-            a Format of your own; unless given as the sparsifier is made for.
+        values: how values travel: Float32(), Float16(), BFloat16(), Int8(), Int4(),
+            Int2(), Sign(), or a Format of your own; unless given as the sparsifier
+            is made for.
+        indices: how indices travel: EliasFano(), some 2 + log2(n / k) bits each, or
+            RawIndices(), 32 bits.
         timeout_s: seconds to wait for peers in a step; a warning comes at 60.
 
     Returns:
@@ -253,6 +264,7 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
         "op": op,
         "dense": dense,
         "values": values,
+        "indices": indices,
         "timeout_s": timeout_s,
     }
     again = partial(DistributedOptimizer, sparsifier=sparsifier, comm=comm, **options)

@@ -12,7 +12,9 @@ from typing import Any
 import tensorflow as tf
 
 from hvd_sparse.core.contracts import Average, Format, Sparsifier
+from hvd_sparse.core.indices import Indices
 from hvd_sparse.core.routing import Dense, WhenCheaper
+from hvd_sparse.core.values import Values
 from hvd_sparse.tensorflow.marking import expecting, watch_loading
 from hvd_sparse.tensorflow.mpi import DistributedOptimizer
 
@@ -26,7 +28,8 @@ def load_model(
     comm: Any = None,
     op: int = Average,
     dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
-    values: Format | None = None,
+    values: Values | Format | None = None,
+    indices: Indices | None = None,
     timeout_s: float = 600,
     **options: Any,
 ) -> Any:
@@ -42,6 +45,7 @@ def load_model(
         op: as for DistributedOptimizer.
         dense: as for DistributedOptimizer.
         values: as for DistributedOptimizer.
+        indices: as for DistributedOptimizer.
         timeout_s: as for DistributedOptimizer.
         options: of tf.keras.models.load_model, such as custom_objects.
 
@@ -66,6 +70,7 @@ def load_model(
         op=op,
         dense=dense,
         values=values,
+        indices=indices,
         timeout_s=timeout_s,
     )
     return model

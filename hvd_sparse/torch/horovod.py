@@ -37,11 +37,13 @@ from hvd_sparse.core.contracts import (
     RaisedError,
     Sparsifier,
 )
+from hvd_sparse.core.indices import Indices
 from hvd_sparse.core.interrupts import Uninterrupted
 from hvd_sparse.core.loss_scale import scale_of
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
+from hvd_sparse.core.values import Values
 from hvd_sparse.kernels import host
 from hvd_sparse.torch import elastic
 from hvd_sparse.torch.exchanges import (
@@ -88,7 +90,8 @@ class SparseCompressor:
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
         op: int | None = None,
         dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
-        values: Format | None = None,
+        values: Values | Format | None = None,
+        indices: Indices | None = None,
         exchange: Carrier = Gathered(),  # noqa: B008  # frozen as well
         prefix: str = "hvd_sparse",
         process_set: Any = None,
@@ -105,8 +108,11 @@ class SparseCompressor:
             op: found out from Horovod unless given; then a mismatch is an error.
             dense: which tensors go dense, by Horovod's own allreduce: WhenCheaper() or
                 Never().
-            values: how values travel: Float32(), Sign(), which takes half the bytes, or
-                a Format of your own; unless given as the sparsifier is made for.
+            values: how values travel: Float32(), Float16(), BFloat16(), Int8(), Int4(),
+                Int2(), Sign(), or a Format of your own; unless given as the sparsifier
+                is made for.
+            indices: how indices travel: EliasFano(), some 2 + log2(n / k) bits each, or
+                RawIndices(), 32 bits.
             exchange: Gathered(), or Embedded() where ranks may call hvd.join().
             prefix: of the names of collectives. Optimizers that work at the same time
                 on parameters of equal names need different ones.
@@ -136,6 +142,7 @@ class SparseCompressor:
             op=expected,
             dense=dense,
             values=values,
+            indices=indices,
             loss_scale=scale_of(scaler),
             undo=undo,
         )

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from hvd_sparse.core.contracts import Average, Format, Op, Sparsifier
+from hvd_sparse.core.indices import Indices
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
+from hvd_sparse.core.values import Values
 from hvd_sparse.mpi import SparseAllreduce
 from hvd_sparse.torch.grad_scaler import refuse_before_exchange, refuse_unknown_scale
 from hvd_sparse.torch.gradients import Gradients
@@ -33,7 +35,8 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
     comm: Any = None,
     op: int = Average,
     dense: Dense = WhenCheaper(),  # noqa: B008  # frozen: one instance serves all
-    values: Format | None = None,
+    values: Values | Format | None = None,
+    indices: Indices | None = None,
     backward_passes_per_step: int = 1,
     timeout_s: float = 600,
     scaler: Any = None,
@@ -60,8 +63,11 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
             unless given.
         op: hvd_sparse.Average over the ranks of comm, or hvd_sparse.Sum.
         dense: which tensors go dense: WhenCheaper() or Never().
-        values: how values travel: Float32(), Sign(), which takes half the bytes, or
-            a Format of your own; unless given as the sparsifier is made for.
+        values: how values travel: Float32(), Float16(), BFloat16(), Int8(), Int4(),
+            Int2(), Sign(), or a Format of your own; unless given as the sparsifier
+            is made for.
+        indices: how indices travel: EliasFano(), some 2 + log2(n / k) bits each, or
+            RawIndices(), 32 bits.
         backward_passes_per_step: how often you call backward() before step(). The
             gradient is their sum, as in Horovod. Since the exchange runs in step(),
             calling backward more often or less is no error.
@@ -97,6 +103,7 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
         op=op,
         dense=dense,
         values=values,
+        indices=indices,
         timeout_s=timeout_s,
         scaler=scaler,
         undo=undo,

@@ -10,8 +10,9 @@ How exact TopK costs about as much as the addition it follows:
    way, it is cut back to the k largest so far and the bound rises; if fewer than k turn
    up, the residual is scanned again with a lower bound.
 
-`selection` puts the three together, `aggregation` sums up what all ranks selected, and
-`groups` does either for many arrays in one call.
+`selection` puts the three together, `entries` makes bytes of what was selected, or
+reads them, `aggregation` sums up what all ranks sent, and `groups` does either for many
+arrays in one call.
 
 Where the result will take the gradient's place at once, pass 2 may leave zeros there
 while it has the gradient in cache: the result is then a few additions, and no pass of
@@ -23,8 +24,9 @@ every thread count and every processor.
 What is used elsewhere is here; the modules themselves are for those who change them.
 """
 
-from hvd_sparse.kernels.host.aggregation import aggregate
+from hvd_sparse.kernels.host.aggregation import aggregate, aggregate_coded
 from hvd_sparse.kernels.host.arrays import address, zeros_like
+from hvd_sparse.kernels.host.entries import decode, encode
 from hvd_sparse.kernels.host.groups import aggregate_group, select_group
 from hvd_sparse.kernels.host.largest import keep_largest
 from hvd_sparse.kernels.host.magnitudes import (
@@ -51,10 +53,13 @@ __all__ = [
     "add_at",
     "address",
     "aggregate",
+    "aggregate_coded",
     "aggregate_group",
     "count_magnitudes",
     "count_sums",
+    "decode",
     "draw",
+    "encode",
     "is_one_part",
     "keep_largest",
     "largest_first",

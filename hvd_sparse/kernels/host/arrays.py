@@ -14,7 +14,9 @@ Selected = tuple[Array, Array, int]
 
 # added, it leaves every residual as it is, -0.0 included; by the bytes of a float
 NOTHING = {4: np.full(LANES, -0.0, np.float32), 8: np.full(LANES, -0.0)}
-INDICES = np.empty(0, np.int32)  # what addresses of indices point to, for the compiler
+# what addresses point to, for the compiler
+INDICES = np.empty(0, np.int32)
+BYTES = np.empty(0, np.uint8)
 _NO_OUT = {char: np.empty(0, char) for char in "hHfd"}
 
 

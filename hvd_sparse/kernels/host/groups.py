@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from hvd_sparse.kernels.host.aggregation import sum_entries
-from hvd_sparse.kernels.host.arrays import INDICES, NOTHING, Array, address
+from hvd_sparse.kernels.coding import FLOAT
+from hvd_sparse.kernels.host.aggregation import rooms, sum_entries
+from hvd_sparse.kernels.host.arrays import BYTES, INDICES, NOTHING, Array, address
 from hvd_sparse.kernels.host.candidates import SPARE
+from hvd_sparse.kernels.host.entries import write_entries
 from hvd_sparse.kernels.host.jit import jit
 from hvd_sparse.kernels.host.selection import select_at_once
 from hvd_sparse.kernels.host.simd import LANES, pointer_to
@@ -17,10 +19,17 @@ from hvd_sparse.kernels.host.zeros import are_streamed
 
 @jit
 def _select_group(
-    arrays: Any, table: Any, like: Any, indices_like: Any, nothing: Any, flags: Any
+    arrays: Any,
+    table: Any,
+    like: Any,
+    indices_like: Any,
+    bytes_like: Any,
+    nothing: Any,
+    flags: Any,
 ) -> None:
     most = min(arrays[:, 2].max(), 2 * table[:, 2].max() + SPARE) + LANES
     indices, values = np.empty(most, np.int32), np.empty(most, like.dtype)
+    sent = np.empty(table[:, 2].max(), like.dtype)
     for each in range(arrays.shape[0]):
         n, k = arrays[each, 2], table[each, 2]
         residual = carray(pointer_to(arrays[each, 0], like), (n,))
@@ -28,8 +37,18 @@ def _select_group(
         flags[each] = select_at_once(
             residual, gradient, gradient[:0], nothing, k, indices, values
         )
-        carray(pointer_to(table[each, 0], indices_like), (k,))[:] = indices[:k]
-        carray(pointer_to(table[each, 1], like), (k,))[:] = values[:k]
+        write_entries(
+            table[each],
+            indices[:k],
+            values[:k],
+            n,
+            sent[:k],
+            indices_like,
+            bytes_like,
+        )
+        if table[each, 4] != FLOAT:  # what rounding takes is not lost
+            for i in range(k):
+                residual[indices[i]] += values[i] - sent[i]
 
 
 def select_group(
@@ -40,7 +59,8 @@ def select_group(
     Args:
         residuals: m arrays, (n,), all float32 or all float64.
         gradients: m arrays of the residuals' dtype, contiguous.
-        table: (m, 3) int64: addresses where to write indices and values, and k.
+        table: (m, 5) int64: addresses where to write indices and values, k, and the
+            two kinds; see `entries`.
 
     Returns:
         Of each, how many sums were not finite.
@@ -52,20 +72,41 @@ def select_group(
     arrays[:, 2] = [residual.size for residual in residuals]
     nonfinite = np.empty(len(arrays), np.int64)
     nothing = NOTHING[like.dtype.itemsize]
-    _select_group(arrays, table, like, INDICES, nothing, nonfinite)
+    _select_group(arrays, table, like, INDICES, BYTES, nothing, nonfinite)
     found: list[int] = nonfinite.tolist()
     return found
 
 
 @jit
 def _aggregate_group(
-    outs: Any, table: Any, like: Any, out_like: Any, scale: Any, streamed: bool
+    outs: Any,
+    table: Any,
+    like: Any,
+    bytes_like: Any,
+    scale: Any,
+    streamed: bool,
+    indices_room: Any,
+    values_room: Any,
 ) -> int:
     for each in range(outs.shape[0]):
         n = outs[each, 1]
-        out = carray(pointer_to(outs[each, 0], out_like), (n,))
+        out = carray(pointer_to(outs[each, 0], values_room), (n,))
         given = table[each, :, 2].sum()
-        taken = sum_entries(out, 0, 0, n, table[each], like, scale, False, streamed)
+        taken = sum_entries(
+            out,
+            0,
+            0,
+            n,
+            n,
+            table[each],
+            like,
+            bytes_like,
+            scale,
+            False,
+            streamed,
+            indices_room,
+            values_room,
+        )
         if taken != given:
             return each
     return -1
@@ -76,7 +117,8 @@ def aggregate_group(outs: Sequence[Array], table: Array, scale: float) -> int:
 
     Args:
         outs: m arrays, contiguous, all float32 or all float64; overwritten.
-        table: (m, ranks, 3) int64: addresses of indices and of values, and how many.
+        table: (m, ranks, 5) int64: addresses of indices and of values, how many, and
+            the two kinds; see `entries`.
         scale: as for aggregate.
 
     Returns:
@@ -89,4 +131,6 @@ def aggregate_group(outs: Sequence[Array], table: Array, scale: float) -> int:
     factor = like.dtype.type(scale)
     size, entries = int(places[:, 1].sum()), int(table[:, :, 2].sum())
     streamed = are_streamed(size, like.dtype.itemsize, entries)
-    return int(_aggregate_group(places, table, INDICES, like, factor, streamed))
+    room = rooms(int(places[:, 1].max()), like.dtype)
+    given = places, table, INDICES, BYTES, factor, streamed, *room
+    return int(_aggregate_group(*given))
