@@ -213,7 +213,7 @@ def efficiency(cat, residual, gradient, chosen):
         descent = np.cumsum(largest) ** 2 / sizes
     else:
         descent = np.cumsum(largest**2)
-    message = Message(cat.made_for, "float32", total.size)
+    message = Message(cat.counted, "float32", total.size)
     descent /= cat.cost.of(sizes, message)
     return float(descent[chosen.indices.size - 1] / descent.max())
 

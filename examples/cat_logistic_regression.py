@@ -42,10 +42,11 @@ from hvd_sparse import (
     TopK,
 )
 from hvd_sparse.core.costs import Message
-from hvd_sparse.core.formats import Float32, Sign
+from hvd_sparse.core.formats import Entries
 from hvd_sparse.core.levels import Levels
 from hvd_sparse.core.payload import Header, encode
 from hvd_sparse.core.sparsifiers import elements, format_of
+from hvd_sparse.core.values import Float32, Sign
 
 FORMATS = {"paper": PaperPayload(value_bits=32), "wire": Payload()}
 COSTS = {  # bytes; the headers of UDP over Ethernet, the packets of the paper
@@ -276,9 +277,13 @@ def runs(
     """Rows of the table, each with its losses and what was spent until each."""
     d = whole.rows.shape[1]
     fixed = {
-        ("gd", d): (None, Float32()),
-        **{("fixed", t): (TopK(density=t / d), Float32()) for t in FIXED if t < d},
-        ("alistarh", None): (SignTopK.alistarh(), Sign()),
+        ("gd", d): (None, Entries(Float32())),
+        **{
+            ("fixed", t): (TopK(density=t / d), Entries(Float32()))
+            for t in FIXED
+            if t < d
+        },
+        ("alistarh", None): (SignTopK.alistarh(), Entries(Sign())),
     }
     for (method, size), (sparsifier, form) in fixed.items():
         run = train(whole, sparsifier, workers, "float64", limit, keep)
@@ -296,7 +301,7 @@ def runs(
                 dtype = {"paper": "float64", "wire": "float32"}[name]
                 cat = ExactCAT(scheme, priced(format), most=MOST)
                 run = train(whole, cat, workers, dtype, limit, keep)
-                message = Message(cat.made_for, "float32", d)
+                message = Message(cat.counted, "float32", d)
                 spent[name] = run, run.spent(priced(format), message)
             yield row(method, cost, workers, spent, None)
 

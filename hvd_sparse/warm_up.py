@@ -15,7 +15,11 @@ from multiprocessing import get_context
 
 import numpy as np
 
+from hvd_sparse.core.formats import Entries
+from hvd_sparse.core.values import Float16
 from hvd_sparse.kernels import host
+from hvd_sparse.kernels.coding import plain
+from hvd_sparse.kernels.host.entries import row_of
 
 # the longest first: the 16-bit ones share much of what float32 needs
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -59,8 +63,12 @@ def compile_for(dtype: str) -> None:
     host.norm(residual)
     host.draw(residual, gradient, 0.5, 0)
     host.aggregate(gradient, [(indices, values)], 0.5)
+    form = Entries(Float16())
+    room = np.empty(form.bytes(8, residual.dtype.name, _SAMPLED), np.uint8)
+    form.write(room, indices, values, _SAMPLED)
+    form.read(room, 8, residual.dtype.name, _SAMPLED)
     if gradient.dtype == residual.dtype:
-        table = np.array([[host.address(indices), host.address(values), 8]])
+        table = np.array([row_of(plain(indices, values))])
         host.select_group([residual], [gradient], table)
         host.aggregate_group([gradient], table[None], 0.5)
 

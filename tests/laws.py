@@ -27,12 +27,22 @@ from hvd_sparse import (
 )
 from hvd_sparse.core.contracts import Located
 from hvd_sparse.core.flight import Flight
-from hvd_sparse.core.formats import Float32, Sign, ValuesOnly
+from hvd_sparse.core.formats import Entries, is_signs
 from hvd_sparse.core.frame import Frame
+from hvd_sparse.core.indices import EliasFano, KnownIndices, RawIndices
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.payload import decode
 from hvd_sparse.core.received import Received
 from hvd_sparse.core.sparsifiers import format_of
+from hvd_sparse.core.values import (
+    BFloat16,
+    Float16,
+    Float32,
+    Int2,
+    Int4,
+    Int8,
+    Sign,
+)
 from hvd_sparse.kernels import host, reference
 
 try:
@@ -44,7 +54,15 @@ except ModuleNotFoundError:  # then tables have no rows of torch: launch/test --
 
 # ---------------------------------------------------------------------- formats
 
-FORMATS = {form.layout: form for form in (Float32(), ValuesOnly(), Sign())}
+VALUES = (Float32(), Float16(), BFloat16(), Int8(), Int4(), Int2(), Sign())
+INDICES = (EliasFano(), RawIndices(), KnownIndices())
+FORMATS = {
+    form.layout: form for form in (Entries(v, i) for v in VALUES for i in INDICES)
+}
+PLAIN = Entries(Float32(), RawIndices())
+UNINDEXED = Entries(Float32(), KnownIndices())
+DEFAULT = Entries(Float32())
+SIGNS = Entries(Sign(), EliasFano())
 
 
 # ---------------------------------------------------------------------- arrays
@@ -149,7 +167,7 @@ EVERY: dict[str, Callable[[float], Any]] = {
 
 def rounds(sparsifier: Any) -> bool:
     """Whether values are rounded on the wire."""
-    return format_of(sparsifier) == Sign()
+    return is_signs(format_of(sparsifier))
 
 
 DTYPES = {
@@ -366,12 +384,14 @@ class Ranks:
         op: int = Average,
         dense: Any = None,
         values: Any = None,
+        indices: Any = None,
         loss_scale: Any = None,
     ) -> None:
         given = {
             "op": op,
             "dense": dense or Never(),
             "values": values,
+            "indices": indices,
             "loss_scale": loss_scale,
         }
         self.paths = [GradientPath(sparsifier, e, **given) for e in loopback(size)]

@@ -208,7 +208,7 @@ def chosen(cat: CAT, total: np.ndarray, hint: int = 0, kernels: Any = None) -> i
 def efficiency(cat: CAT, total: np.ndarray) -> np.ndarray:
     """Of every size, exactly."""
     sizes = every_size(total.size)
-    message = Message(cat.made_for, str(total.dtype), total.size)
+    message = Message(cat.counted, str(total.dtype), total.size)
     measure = cat.scheme.descent(exact_levels(total), sizes)
     return np.asarray(measure / cat.cost.of(sizes, message))
 
@@ -298,7 +298,7 @@ def test_dearer_messages_are_larger() -> None:
 @pytest.mark.parametrize("scheme", SCHEMES, ids=repr)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_sizes_are_those_that_doors_pad_payloads_to(scheme: Any, dtype: str) -> None:
-    message = Message(CAT(scheme, AFFINE).made_for, dtype, 1_000_000)
+    message = Message(CAT(scheme, AFFINE).counted, dtype, 1_000_000)
     sizes, costs = _coarse(AFFINE, message, 500_000)
     np.testing.assert_array_equal(costs, AFFINE.of(sizes, message))
     assert sizes[0] <= 2  # two signs are as many bytes as one

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     ".mpi": {".arrays", ".core", ".transport", "numpy"},
     ".torch": {*INTEGRATION, ".kernels", "torch", "ml_dtypes"},
     ".tensorflow": {*INTEGRATION, "tensorflow", "mpi4py"},
-    ".warm_up": {".kernels", "numpy"},
+    ".warm_up": {".core", ".kernels", "numpy"},
     ".doctor": {
         *(".carriers", ".core", ".transport", "numpy"),
         *("torch", "tensorflow", "horovod", "mpi4py", "h5py"),

@@ -15,6 +15,7 @@ from hvd_sparse import (
     Never,
     PayloadError,
     RandomK,
+    RawIndices,
     Selection,
     SignTopK,
     TopK,
@@ -39,8 +40,8 @@ def several(step: int, rank: int, dtype: Any = np.float32) -> dict[str, np.ndarr
 class Buckets:
     """Those of N ranks, in lock step."""
 
-    def __init__(self, size: int, sparsifier: Any) -> None:
-        self.ranks = Ranks(size, sparsifier)
+    def __init__(self, size: int, sparsifier: Any, **options: Any) -> None:
+        self.ranks = Ranks(size, sparsifier, **options)
         self.paths = self.ranks.paths
         self.flights: list[list[Flight]] = []
 
@@ -290,7 +291,7 @@ def test_what_arrived_otherwise_than_expected_is_received_one_by_one() -> None:
 
 
 def test_a_damaged_payload_of_a_bucket_is_an_error_that_names_the_tensor() -> None:
-    buckets = Buckets(2, TopK(0.05))
+    buckets = Buckets(2, TopK(0.05), indices=RawIndices())
     gradients = [several(0, rank) for rank in range(2)]
     buckets.send(gradients)
     buckets.damage(1, "d", -1, 127)  # the last index

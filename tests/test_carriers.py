@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from laws import PLAIN
 
 from hvd_sparse import PayloadError, Selection
 from hvd_sparse.carriers import embed, extract, slot_floats
-from hvd_sparse.core.formats import Float32
 from hvd_sparse.core.frame import Frame, padded_bytes
 from hvd_sparse.core.payload import Header, encode
 
@@ -19,7 +19,7 @@ def payload(k: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng([k, seed])
     values = rng.standard_normal(k).astype(np.float32)
     indices = np.arange(k, dtype=np.int32)
-    header = Header(Float32(), "float32", 1000, k, 5, digest=k)
+    header = Header(PLAIN, "float32", 1000, k, 5, digest=k)
     return Frame([("w", encode(Selection(indices, values, 0), header)[0])]).bytes()
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from laws import PLAIN
 
 from hvd_sparse import CAT, ExactCAT, PaperPayload, Payload, SignTopK, TopK
 from hvd_sparse.core.costs import Message
-from hvd_sparse.core.formats import Float32
 from hvd_sparse.core.sparsifiers import format_of
 
 pytest.importorskip("scipy", reason="needs hvd-sparse[examples]")
@@ -53,7 +53,7 @@ def spent(
 ) -> float:
     """By one worker to the target; infinite where 400 steps do not reach it."""
     run = example.train(whole, sparsifier, 1, dtype, 400)
-    form = Float32() if sparsifier is None else format_of(sparsifier)
+    form = PLAIN if sparsifier is None else format_of(sparsifier)
     message = Message(form, dtype, whole.rows.shape[1])
     return float(run.spent(price, message)[-1]) if run.arrived else math.inf
 

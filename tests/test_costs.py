@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from laws import PLAIN, SIGNS
 
 from hvd_sparse import Affine, Packet, PaperPayload, Payload
 from hvd_sparse.core import costs
 from hvd_sparse.core.contracts import Format
 from hvd_sparse.core.costs import Message
-from hvd_sparse.core.formats import Float32, Sign
 from hvd_sparse.core.payload import payload_bytes
 
 EXAMPLES = [
@@ -28,7 +28,7 @@ EXAMPLES = [
 ]
 MESSAGES = st.builds(
     Message,
-    form=st.sampled_from([Float32(), Sign()]),
+    form=st.sampled_from([PLAIN, SIGNS]),
     dtype=st.sampled_from(["float32", "float64"]),
     n=st.integers(1, 2**31 - 1),
 )
@@ -74,10 +74,10 @@ def test_payload_counts_what_is_sent(message: Message, sizes: np.ndarray) -> Non
 @pytest.mark.parametrize(
     ("form", "n", "size", "bits"),
     [
-        (Float32(), 50_000, 7, 7 * (16 + 32)),
-        (Float32(), 65_536, 1, 16 + 32),
-        (Float32(), 65_537, 1, 17 + 32),
-        (Sign(), 50_000, 7, 32 + 7 * 16),
+        (PLAIN, 50_000, 7, 7 * (16 + 32)),
+        (PLAIN, 65_536, 1, 16 + 32),
+        (PLAIN, 65_537, 1, 17 + 32),
+        (SIGNS, 50_000, 7, 32 + 7 * 16),
     ],
 )
 def test_paper_payload_counts_bits_as_the_paper_does(

@@ -21,7 +21,6 @@ from laws import (
 from hvd_sparse import (
     CAT,
     Float32,
-    Format,
     Never,
     PayloadError,
     RandomK,
@@ -32,7 +31,8 @@ from hvd_sparse import (
     Threshold,
     TopK,
 )
-from hvd_sparse.core.formats import ValuesOnly, is_plain, offsets
+from hvd_sparse.core.formats import Entries
+from hvd_sparse.core.indices import KnownIndices
 from hvd_sparse.core.path import GradientPath
 
 RANKS = 3
@@ -103,16 +103,10 @@ def test_what_is_made_for_other_values_is_refused(
         GradientPath(sparsifier, exchange, values=values)
 
 
-def test_signs_need_indices_that_travel() -> None:
-    [exchange] = loopback(1)
-    with pytest.raises(ValueError, match=r"values=Sign\(\) needs indices that travel"):
-        GradientPath(RandomK(0.1), exchange, values=Sign())
-
-
 @pytest.mark.parametrize("values", [Sign, "sign", 3])
 def test_what_is_no_format_is_refused(values: Any) -> None:
     [exchange] = loopback(1)
-    with pytest.raises(TypeError, match=r"^values must be Float32\(\) or Sign\(\)"):
+    with pytest.raises(TypeError, match=r"^values must be Float32\(\) or another"):
         GradientPath(TopK(0.1), exchange, values=values)
 
 
@@ -324,7 +318,7 @@ def test_what_says_nothing_new_is_not_part_of_the_configuration() -> None:
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=repr)
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
-def test_formats_keep_their_promises(form: Format, dtype: str) -> None:
+def test_formats_keep_their_promises(form: Entries, dtype: str) -> None:
     rng = np.random.default_rng(0)
     for k in (0, 1, 7, 100):
         indices = np.sort(rng.choice(N, k, replace=False)).astype(np.int32)
@@ -333,19 +327,19 @@ def test_formats_keep_their_promises(form: Format, dtype: str) -> None:
         sent = form.write(out, indices, values, N)
         found_indices, found_values = form.read(out, k, dtype, N)
         same_bits(found_values, sent)
-        if form != ValuesOnly():  # of which every rank knows them
-            same_bits(found_indices, indices)
-        assert form.most(out.size, dtype, N) == k
-        if is_plain(form):
-            indices_at, values_at = offsets(k, dtype)
-            assert out[indices_at:][: 4 * k].tobytes() == indices.tobytes()
-            assert out[values_at:][: values.nbytes].tobytes() == values.tobytes()
+        known = form.indices == KnownIndices()  # of which none travels
+        same_bits(found_indices, indices[:0] if known else indices)
+        most = form.most(out.size, dtype, N)
+        assert form.bytes(most, dtype, N) <= out.size
+        assert form.bytes(most + 1, dtype, N) > out.size
+        assert most >= k
     assert form.most(form.bytes(0, dtype, N) - 1, dtype, N) < 0
 
 
 def test_a_scale_is_the_mean_magnitude() -> None:
     values = np.array([3.0, -1.0, 0.0, -6.0], np.float32)
-    out = np.empty(Sign().bytes(4, "float32", N), np.uint8)
-    sent = Sign().write(out, np.arange(4, dtype=np.int32), values, N)
+    form = Entries(Sign())
+    out = np.empty(form.bytes(4, "float32", N), np.uint8)
+    sent = form.write(out, np.arange(4, dtype=np.int32), values, N)
     assert sent.tolist() == [2.5, -2.5, 2.5, -2.5]
     assert math.isclose(np.abs(sent - values).sum(), 0.5 + 1.5 + 2.5 + 3.5)

@@ -31,7 +31,9 @@ from laws import (
 )
 
 from hvd_sparse.kernels import host, kernels_for, reference
+from hvd_sparse.kernels.coding import FLOAT, RAW, plain
 from hvd_sparse.kernels.host import selection, threads, zeros
+from hvd_sparse.kernels.host.entries import row_of
 from hvd_sparse.kernels.host.simd import LANES
 from hvd_sparse.kernels.host.workspace import reserve
 
@@ -323,9 +325,9 @@ def test_zeros_that_are_streamed_are_the_references_and_stay_inside(
     expected, out = around.copy(), around[first : first + size]
     reference.aggregate(expected[first : first + size], payloads, 1 / 3)
     if part == "one in a group":
-        table = [[host.address(i), host.address(v), i.size] for i, v in payloads]
+        table = [row_of(plain(*payload)) for payload in payloads]
         others = [np.full(5, 7, dtype), out, np.full(6, 7, dtype)]
-        nothing = [[0, 0, 0]] * len(table)
+        nothing = [[0, 0, 0, RAW, FLOAT]] * len(table)
         tables = np.array([nothing, table, nothing])
         assert host.aggregate_group(others, tables, 1 / 3) == -1
         assert not others[0].any()
@@ -355,7 +357,7 @@ def test_a_group_leaves_its_gradients_as_they_are() -> None:
     gradients = [np.arange(1.0, n + 1, dtype=np.float32) for n in (3, 50, 5000)]
     residuals = [np.zeros_like(gradient) for gradient in gradients]
     room = [(np.empty(2, np.int32), np.empty(2, np.float32)) for _ in gradients]
-    table = np.array([(host.address(i), host.address(v), 2) for i, v in room])
+    table = np.array([row_of(plain(*each)) for each in room])
     host.select_group(residuals, gradients, table)
     for gradient, (indices, values) in zip(gradients, room, strict=True):
         same_bits(gradient, np.arange(1.0, gradient.size + 1, dtype=np.float32))

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from laws import FORMATS
+from laws import FORMATS, PLAIN, same_bits
 
 from hvd_sparse import Selection
-from hvd_sparse.core.contracts import Format
-from hvd_sparse.core.formats import Float32, Sign, ValuesOnly, mean_magnitude
+from hvd_sparse.core.formats import Entries
+from hvd_sparse.core.indices import KnownIndices, RawIndices
 from hvd_sparse.core.payload import (
     DTYPES,
     Header,
@@ -18,6 +18,9 @@ from hvd_sparse.core.payload import (
     most_elements,
     payload_bytes,
 )
+from hvd_sparse.core.values import Float32, Sign
+
+SIGNED = Entries(Sign(), RawIndices())
 
 HEADERS = st.builds(
     Header,
@@ -40,8 +43,9 @@ def selected(header: Header, nonfinite: int = 0) -> Selection:
     return Selection(indices.astype(np.int32), values, nonfinite)
 
 
-def assert_holds(found: Selection, expected: Selection, form: Format) -> None:
-    indices = expected.indices[:0] if form == ValuesOnly() else expected.indices
+def assert_holds(found: Selection, expected: Selection, form: Entries) -> None:
+    known = form.indices == KnownIndices()
+    indices = expected.indices[:0] if known else expected.indices
     assert found.indices.dtype == np.int32
     assert found.values.dtype == expected.values.dtype
     assert found.indices.tobytes() == indices.tobytes()
@@ -53,7 +57,8 @@ def assert_holds(found: Selection, expected: Selection, form: Format) -> None:
 def test_what_is_decoded_is_what_was_encoded(header: Header, nonfinite: int) -> None:
     selection = selected(header, nonfinite)
     payload, sent = encode(selection, header)
-    assert (sent is selection.values) == (header.form != Sign())  # else rounded
+    rounds = header.form.values != Float32()
+    assert (sent is selection.values) != rounds
     received = selection._replace(values=sent)
     assert (payload.header, payload.k) == (header, header.k)
     assert_holds(decode(payload), received, header.form)
@@ -62,12 +67,7 @@ def test_what_is_decoded_is_what_was_encoded(header: Header, nonfinite: int) -> 
 @given(HEADERS)
 def test_sizes_follow_from_k_alone_and_are_multiples_of_8(header: Header) -> None:
     entries_of = encode(selected(header), header)[0].entries
-    value = 8 if header.dtype == "float64" else 4
-    entries = {
-        Float32.layout: header.k * (value + 4),
-        ValuesOnly.layout: header.k * value,
-        Sign.layout: value + header.k * 4,
-    }[header.form.layout]
+    entries = header.form.bytes(header.k, header.dtype, header.n)
     assert entries_of.dtype == np.uint8
     assert entries_of.size % 8 == 0
     assert 0 <= entries_of.size - entries < 8
@@ -77,7 +77,7 @@ def test_sizes_follow_from_k_alone_and_are_multiples_of_8(header: Header) -> Non
 
 
 def test_the_memory_of_an_old_payload_serves_again() -> None:
-    header = Header(Float32(), "float32", n=100, k=5, step=1, digest=2)
+    header = Header(PLAIN, "float32", n=100, k=5, step=1, digest=2)
     old, _ = encode(selected(header), header)
     new, _ = encode(selected(header)._replace(nonfinite=1), header, old)
     assert new.entries is old.entries
@@ -92,7 +92,7 @@ def test_the_memory_of_an_old_payload_serves_again() -> None:
     st.integers(0, 10_000),
 )
 def test_most_elements_is_the_most_that_fit(
-    form: Format, dtype: str, size: int
+    form: Entries, dtype: str, size: int
 ) -> None:
     k = most_elements(form, dtype, 1000, size)
     assert k < 0 or payload_bytes(form, dtype, 1000, k) <= size
@@ -102,11 +102,11 @@ def test_most_elements_is_the_most_that_fit(
 def test_signs_and_their_mean_magnitude_are_what_travels() -> None:
     values = np.array([3.0, -1.0, -0.0, 0.0, -6.0], np.float32)
     selection = Selection(np.array([0, 7, 8, 9, 99], np.int32), values, 0)
-    header = Header(Sign(), "float32", n=100, k=5, step=1, digest=2)
+    header = Header(SIGNED, "float32", n=100, k=5, step=1, digest=2)
     payload, sent = encode(selection, header)
     assert sent.tolist() == [2, -2, -2, 2, -2]
-    assert payload.entries.size == 4 + 5 * 4
-    assert_holds(decode(payload), selection._replace(values=sent), Sign())
+    assert payload.entries.size == 4 + 4 + 5 * 4 + 4  # scale, bits, indices, to 8
+    assert_holds(decode(payload), selection._replace(values=sent), SIGNED)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -115,5 +115,7 @@ def test_the_mean_magnitude_is_in_range_where_sums_are_not(
     dtype: type, place: str
 ) -> None:
     value = getattr(np.finfo(dtype), place)
-    assert mean_magnitude(np.array([value, -value, value], dtype)) == value
-    assert mean_magnitude(np.empty(0, dtype)) == 0
+    for values in (np.array([value, -value, value], dtype), np.empty(0, dtype)):
+        indices = np.arange(values.size, dtype=np.int32)
+        out = np.empty(SIGNED.bytes(values.size, values.dtype.name, 9), np.uint8)
+        same_bits(SIGNED.write(out, indices, values, 9), values)

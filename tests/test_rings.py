@@ -1,11 +1,12 @@
 """The cost model of exchanges, against hand-made numbers and what real ranks count."""
 
 import json
+import math
 
 import pytest
 from launching import START_S, launch, needs_mpirun
+from laws import DEFAULT, SIGNS
 
-from hvd_sparse.core.formats import Float32, Sign
 from hvd_sparse.core.payload import payload_bytes
 from hvd_sparse.core.rings import (
     Link,
@@ -33,7 +34,7 @@ def test_counted_bytes_match_the_model_exactly(ranks: int) -> None:
     for found in told:
         assert found["ranks"] == ranks
         assert len(found["unions"]) == SIZES
-        for scheme, form in (("TopK", Float32()), ("SignTopK", Sign())):
+        for scheme, form in (("TopK", DEFAULT), ("SignTopK", SIGNS)):
             assert len(found["bytes"][scheme]) == SIZES
             for name, (sent, received) in found["bytes"][scheme].items():
                 k = elements(DENSITY, int(name))
@@ -65,12 +66,12 @@ def test_the_automatic_rule_ends_where_the_model_says(n: int, k: int) -> None:
     most = most_ranks(n, k)
 
     def goes_sparse(ranks: int) -> bool:
-        return WhenCheaper().limit(n, "float32", 4, Float32(), ranks) >= k
+        return WhenCheaper().limit(n, "float32", 4, DEFAULT, ranks) >= k
 
     assert goes_sparse(most)
     assert not goes_sparse(most + 1)
-    assert allgather(most, k).bytes < dense_allreduce(most, n).bytes
-    assert allgather(most + 1, k).bytes >= dense_allreduce(most + 1, n).bytes
+    assert allgather(most, k, n=n).bytes < dense_allreduce(most, n).bytes
+    assert allgather(most + 1, k, n=n).bytes >= dense_allreduce(most + 1, n).bytes
 
 
 def test_a_union_fills_in() -> None:
@@ -80,9 +81,12 @@ def test_a_union_fills_in() -> None:
 
 
 def test_a_sparse_allreduce_is_dense_at_most() -> None:
-    few, many = (split_allreduce(ranks, 10**6, 1000) for ranks in (2, 4096))
-    assert few.bytes == pytest.approx(0.5 * 8 * (1000 + union(2, 10**6, 1000)))
-    assert many.bytes == pytest.approx(4095 / 4096 * (8000 + 4_000_000))
+    n, k = 10**6, 1000
+    few, many = (split_allreduce(ranks, n, k) for ranks in (2, 4096))
+    own = DEFAULT.bytes(k, "float32", n)
+    both = DEFAULT.bytes(math.ceil(union(2, n, k)), "float32", n)
+    assert few.bytes == pytest.approx(0.5 * (own + both))
+    assert many.bytes == pytest.approx(4095 / 4096 * (own + 4 * n))
 
 
 def test_bad_links_are_refused_by_name() -> None:

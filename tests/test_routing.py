@@ -55,11 +55,12 @@ def test_never_lets_every_element_go_sparse(
         (TopK(density=0.001), (100_000,), 1, "sparse"),
         (TopK(density=0.001), (100_000,), 64, "sparse"),
         (TopK(density=0.1), (100_000,), 4, "sparse"),
-        (TopK(density=0.3), (100_000,), 4, "dense"),
+        (TopK(density=0.4), (100_000,), 4, "sparse"),
+        (TopK(density=0.5), (100_000,), 4, "dense"),
         (RandomK(density=0.3), (100_000,), 4, "sparse"),  # no indices travel
         (RandomK(density=0.6), (100_000,), 4, "dense"),
-        (SignTopK(density=0.3), (100_000,), 4, "sparse"),  # half the bytes of TopK
-        (SignTopK(density=0.6), (100_000,), 4, "dense"),
+        (SignTopK(density=1), (100_000,), 16, "sparse"),  # a bit, and indices
+        (SignTopK(density=0.9), (100_000,), 32, "dense"),
         (Stochastic(expected_density=1), (100_000,), 4, "sparse"),  # as many as may be
         (TopK(density=0.001), (8,), 2, "dense"),
         (TopK(density=0.001), (), 2, "dense"),

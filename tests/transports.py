@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from hvd_sparse import ExchangeError, Selection
-from hvd_sparse.core.formats import Float32
+from hvd_sparse.core.formats import Entries
 from hvd_sparse.core.payload import Header, Payload, encode
+from hvd_sparse.core.values import Float32
 from hvd_sparse.transport.mpi.agreement import Row
 from hvd_sparse.transport.mpi.broadcast import Broadcast, Described
 from hvd_sparse.transport.mpi.exchange import MpiExchange
@@ -78,7 +79,7 @@ def payload(rank: int, place: int, k: int, most: int | None = None) -> Payload:
     values = random.standard_normal(k).astype(np.float32)
     varies, known = most is not None, k if most is None else most
     digest = 1 + place + 1000 * known + 10**6 * varies
-    header = Header(Float32(), "float32", N, known, 0, digest, varies)
+    header = Header(Entries(Float32()), "float32", N, known, 0, digest, varies)
     return encode(Selection(indices, values, 0), header)[0]
 
 

@@ -9,10 +9,10 @@ what their payload costs (`hvd_sparse.core.costs`).
 
 How this costs about as much as a fixed T: selection by magnitude needs no norm of the
 whole gradient, which divides all efficiencies alike. So a third more than last time are
-selected, in the one pass that TopK takes; efficiencies are worked out from them as if
-all others were as large as the smallest of them, which is the most they can be; if the
-best T is among those looked at, it is the best of all, and what is beyond it returns to
-the residual. If not, four times as many are looked at.
+selected, in the one pass that TopK takes. Efficiencies are worked out from them and
+from the others, of which a large gradient's are sampled, 1 in 64. If the best T is
+among those looked at, what is beyond it returns to the residual; if not, a tenth more
+than T are looked at.
 
 T comes from sizes a quarter apart in bytes, those to which Horovod doors pad payloads:
 collectives' cached plans survive. Efficiency is flat at its maximum as a rule, so that
@@ -31,15 +31,16 @@ import numpy.typing as npt
 from hvd_sparse.core.contracts import (
     Array,
     Format,
+    Formatted,
     Request,
     Selection,
-    offers,
 )
 from hvd_sparse.core.costs import Cost, Message
 from hvd_sparse.core.formats import is_signs
 from hvd_sparse.core.frame import padded_bytes
 from hvd_sparse.core.levels import Levels
 from hvd_sparse.core.payload import most_elements
+from hvd_sparse.core.roles import offers
 from hvd_sparse.core.sparsifiers import (
     Selecting,
     SignTopK,
@@ -53,6 +54,9 @@ from hvd_sparse.core.stochastic import Stochastic, levels_of, most_expected
 from hvd_sparse.kernels import kernels_for
 
 _FARTHER = 1.3  # one size of the grid more than last time, and a little
+_BEYOND = 1.1  # of what seems best: what is sampled is not known exactly
+_SAMPLED = 1 << 16  # elements, of which all are looked at
+_RUN, _STRIDE = 16, 1024  # of more, so many of so many
 _AS_GOOD = 0.99  # the share of the best efficiency that a size of the grid must have
 
 Sizes = npt.NDArray[np.int64]
@@ -77,6 +81,15 @@ def _coarse(cost: Cost, message: Message, most: int) -> tuple[Sizes, Any]:
 def _all(cost: Cost, message: Message, most: int) -> tuple[Sizes, Any]:
     every = np.arange(1, most + 1, dtype=np.int64)
     return every, cost.of(every, message)
+
+
+def _sampled(array: Array) -> tuple[Array, int]:
+    """Some of its elements, whole cache lines, and how many each stands for."""
+    n = array.shape[0]
+    if n <= _SAMPLED:
+        return array, 1
+    rows = array[: n // _STRIDE * _STRIDE].reshape(-1, _STRIDE)
+    return rows[:, :_RUN].reshape(-1), _STRIDE // _RUN
 
 
 @proved
@@ -148,7 +161,7 @@ class CAT(Selecting):
     @property
     def made_for(self) -> Any:
         """How values of the scheme travel, since its descent depends on it, or None."""
-        return getattr(self.scheme, "made_for", None)
+        return self.scheme.made_for if offers(self.scheme, Formatted) else None
 
     @property
     def counted(self) -> Format:
@@ -209,9 +222,12 @@ class CAT(Selecting):
         place = int(np.argmax(efficiencies))
         return int(sizes[place]), float(efficiencies[place])
 
-    def levels(self, values: Array) -> Levels:
-        """The magnitudes of what was selected."""
-        counts = kernels_for(values).count_magnitudes(values)
+    def levels(self, values: Array, rest: Array) -> Levels:
+        """The magnitudes of what was selected, and about those of the rest."""
+        kernels = kernels_for(values)
+        sample, each = _sampled(rest)
+        counts = kernels.count_magnitudes(values)
+        counts = counts + each * kernels.count_magnitudes(sample)
         return Levels.of_bins(counts, values.dtype.itemsize)
 
     def all_levels(self, residual: Array, gradient: Array) -> Levels:
@@ -238,15 +254,16 @@ class ExactCAT(CAT):
         sizes, costs = _all(self.cost, message, most)
         return self._best_of(levels, sizes[least - 1 :], costs[least - 1 :])[0]
 
-    def levels(self, values: Array) -> Levels:
-        """The magnitudes of what was selected, each by itself."""
+    def levels(self, values: Array, rest: Array) -> Levels:
+        """The magnitudes of what was selected, each by itself; there is no rest."""
+        del rest
         return Levels.of_sorted(kernels_for(values).largest_first(values))
 
     def all_levels(self, residual: Array, gradient: Array) -> Levels:
         """The magnitudes of residual + gradient, each by itself; makes a copy."""
         kernels, total = kernels_for(residual), residual + 0
         _, values, _ = kernels.select_top(total, gradient, residual.shape[0])
-        return self.levels(values)
+        return self.levels(values, total)
 
     def begin(self, n: int, chosen: int) -> int:
         """All."""
@@ -291,22 +308,19 @@ class Choice(Selecting):
         )
         while (size := self._worth(residual, indices, values, k)) > values.shape[0]:
             kernels.add_at(residual, indices, values)
-            looked = min(most, 4 * looked)
+            looked = min(most, math.ceil(_BEYOND * size))
             indices, values = kernels.select_again(residual, looked)
         indices, values = kernels.keep_largest(residual, indices, values, size)
         return Selection(indices, values, nonfinite)
 
     def _worth(self, residual: Array, indices: Array, values: Array, k: int) -> int:
-        """How many are worth most, were all others as large as the last of these.
+        """How many are worth most.
 
         These go back to the residual where that can not be told: the cost is the
         user's, and may raise.
         """
-        n, looked = residual.shape[0], values.shape[0]
         try:
-            levels = self.cat.levels(values)
-            levels = levels.followed_by(levels.magnitudes[-1], n - looked)
-            return self.best(levels, residual, k)
+            return self.best(self.cat.levels(values, residual), residual, k)
         except BaseException:
             kernels_for(residual).add_at(residual, indices, values)
             raise

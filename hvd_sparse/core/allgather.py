@@ -78,7 +78,8 @@ class Allgather:
 
 def _coded(flight: Flight, payload: Payload) -> Coded:
     """As it travels, and its indices where they did not."""
-    tensor, coded = flight.tensor, as_coded(payload)
+    tensor = flight.tensor
+    coded = as_coded(payload, indexed=flight.indices is None)
     # a rank that missed some exchanges is a few steps behind, for once
     tensor.latest = max(tensor.latest, payload.header.step)
     if flight.indices is None:

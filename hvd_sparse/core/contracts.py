@@ -12,17 +12,15 @@ core) do the work on arrays. `Array` is whatever the integration's framework use
 flattened: a numpy array in host memory, or a torch tensor on an accelerator.
 
 A sparsifier implements `select` alone. What else one may have is declared here, too,
-each in a protocol of its own: `offers` asks for it when a tensor is first seen.
+each in a protocol of its own: `core.roles` asks for it when a tensor is first seen.
 """
 
 from collections.abc import Sequence
 from enum import IntEnum
-from functools import cache
 from math import inf
-from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 Array = Any  # numpy.ndarray or torch.Tensor, which have no type in common
-Role = TypeVar("Role")
 
 
 class Op(IntEnum):
@@ -34,22 +32,6 @@ class Op(IntEnum):
 
 Average = Op.Average
 Sum = Op.Sum
-
-
-def offers(part: object, role: type[Role]) -> TypeGuard[Role]:
-    """Whether it has all that a protocol declares.
-
-    Also where it hands that on from something inside it, by `__getattr__`, which
-    isinstance does not see from Python 3.12 on.
-    """
-    declared = _declared(role)  # type: ignore[arg-type]  # classes are hashable
-    return all(hasattr(part, name) for name in declared)
-
-
-@cache
-def _declared(role: type) -> tuple[str, ...]:
-    names = {*vars(role), *role.__annotations__}
-    return tuple(sorted(name for name in names if not name.startswith("_")))
 
 
 class ExchangeError(RuntimeError):
@@ -167,14 +149,12 @@ class Following(Protocol):
 
 
 class Formatted(Protocol):
-    """A sparsifier that is made for one way in which values travel.
-
-    Attributes:
-        made_for: which; `values=` of an integration may say nothing else. None: any.
-    """
+    """A sparsifier that is made for one way in which values travel, or for any."""
 
     @property
-    def made_for(self) -> Any: ...  # noqa: D102  # see above
+    def made_for(self) -> Any:
+        """`values=` of an integration may say nothing else; None: what it likes."""
+        ...
 
 
 class PerFormat(Protocol):

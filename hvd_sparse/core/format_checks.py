@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from hvd_sparse.core.contracts import Array, Format, PayloadError, offers
+from hvd_sparse.core.contracts import Array, Format, PayloadError
 from hvd_sparse.core.formats import is_ours
+from hvd_sparse.core.roles import offers
 
 _TRIED = 100_000  # elements of a gradient with which a format is tried
 _YOURS = 128  # the least number of a format of one's own

@@ -13,7 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from hvd_sparse.core.contracts import Array, Format, PayloadError
-from hvd_sparse.core.indices import EliasFano, Indices, KnownIndices, RawIndices
+from hvd_sparse.core.indices import (
+    EliasFano,
+    Indices,
+    KnownIndices,
+    RawIndices,
+    low_bits,
+)
 from hvd_sparse.core.values import Float32, Sign, Values, float_bytes
 from hvd_sparse.kernels import coding, host
 from hvd_sparse.kernels.coding import Coded
@@ -22,6 +28,8 @@ Bytes = npt.NDArray[np.uint8]
 
 _INDEX: Any = np.dtype("<i4")
 _FLOATS: dict[int, Any] = {4: np.dtype("<f4"), 8: np.dtype("<f8")}
+_MANY = 1 << 12  # entries: of all scales there are whole numbers
+_OFF = 80  # entries that fit into 9 bytes, at most
 _FIRST = {(1, 1): 1, (1, 0): 2}  # the numbers that the oldest formats have
 
 
@@ -77,14 +85,30 @@ class Entries:
         )
 
     def most(self, size: Any, dtype: str, n: int) -> Any:
-        """The most entries, up to n, that size bytes have room for; -1 if not 0."""
-        sizes = np.asarray(size, np.int64)
-        low, high = np.full_like(sizes, -1), np.full_like(sizes, n)
+        """The most entries that size bytes have room for; -1 if not even 0."""
+        sizes = np.atleast_1d(np.asarray(size, np.int64))
+        low, high = np.full_like(sizes, -1), 8 * np.maximum(sizes, 0) + 1
+        about = self._about(sizes, dtype, n)
+        tried = iter((about - _OFF, about + _OFF))  # it is most often between these
         while (low < high).any():
-            middle = (low + high + 1) // 2
+            middle = next(tried, (low + high + 1) // 2).clip(0, high.clip(0))
             fits = self.bytes(middle, dtype, n) <= sizes
-            low, high = np.where(fits, middle, low), np.where(fits, high, middle - 1)
-        return low if isinstance(size, np.ndarray) else int(low)
+            low = np.where(fits, np.maximum(low, middle), low)
+            high = np.where(fits, high, np.minimum(high, middle - 1))
+        return low if isinstance(size, np.ndarray) else int(low[0])
+
+    def _about(self, sizes: Any, dtype: str, n: int) -> Any:
+        """As many as so many bytes have room for, but for what is rounded up."""
+        empty = 8 * self.values.bytes(0, dtype)
+        each = (8 * self.values.bytes(_MANY, dtype) - empty) / _MANY
+        room = 8 * sizes - empty
+        if not isinstance(self.indices, EliasFano):
+            return (room / (each + 8 * self.indices.bytes(1, n))).astype(np.int64)
+        k = room
+        for _ in range(4):  # low bits follow from k, and k from them
+            low = low_bits(k.clip(1), n)
+            k = ((room - (n - 1 >> low)) / (each + 1 + low)).astype(np.int64)
+        return k
 
     def places(self, k: int, dtype: str, n: int) -> Places:
         """Where values and indices of k entries lie."""

@@ -64,12 +64,12 @@ _one = lru_cache(maxsize=1 << 14)(lambda k, n: coding.elias_fano_bytes(n, k))
 
 def _many(k: Any, n: int) -> Any:
     """`coding.elias_fano_bytes`, of an array."""
-    low, buckets = np.zeros_like(k), n - 1
-    for _ in range(32):
-        half = (n - 1 >> low) - (n - 1 >> low + 1)
-        longer = k < half
-        if not longer.any():
-            break
-        low += longer
-    buckets = n - 1 >> low
-    return np.where(k > 0, (k + buckets + k * low + 7) // 8, 0)
+    low = low_bits(k, n)
+    return np.where(k > 0, (k + (n - 1 >> low) + k * low + 7) // 8, 0)
+
+
+def low_bits(k: Any, n: int) -> Any:
+    """`coding.shift`, of an array."""
+    # one bit for each of these that is more than k: they never rise
+    halves = [(n - 1 >> low) - (n - 1 >> low + 1) for low in reversed(range(32))]
+    return 32 - np.searchsorted(halves, k, side="right")

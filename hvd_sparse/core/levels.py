@@ -50,14 +50,6 @@ class Levels:
         bins = np.flatnonzero(counts)[::-1]
         return cls(_middles(itemsize)[bins], counts[bins])
 
-    def followed_by(self, magnitude: float, count: int) -> "Levels":
-        """The same and so many more elements of one magnitude."""
-        if count == 0:
-            return self
-        return Levels(
-            np.append(self.magnitudes, magnitude), np.append(self.counts, count)
-        )
-
     @cached_property
     def _relative(self) -> Array:
         largest = self.magnitudes[0] if self.magnitudes.size else 0.0

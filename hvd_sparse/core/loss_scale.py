@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from hvd_sparse.core.contracts import Array, Scaler, offers
+from hvd_sparse.core.contracts import Array, Scaler
 from hvd_sparse.core.flight import Phase
 from hvd_sparse.core.memory import Kept
 from hvd_sparse.core.plan import Plan
+from hvd_sparse.core.roles import offers
 
 
 class LossScale:

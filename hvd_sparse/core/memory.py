@@ -5,7 +5,8 @@ takes, so there is no separate buffer for the sum. It is float32 for 16-bit and 
 gradients and float64 for float64 ones, whatever the gradient's dtype.
 """
 
-from hvd_sparse.core.contracts import Array, Correcting, Memory, offers
+from hvd_sparse.core.contracts import Array, Correcting, Memory
+from hvd_sparse.core.roles import offers
 from hvd_sparse.kernels import kernels_for
 
 

@@ -3,10 +3,9 @@ r"""The path of gradients. Start here.
     accumulate -> select -> encode -> exchange -> aggregate -> hand back
     \__________ send __________/                \_______ receive ______/
 
-A bucket of tensors takes it in one go; a single one is a bucket of one. `send` runs the
-first three stages and starts the exchange, `receive` finishes it and runs the rest. The
-path knows no framework and no network: arrays are handled by `hvd_sparse.kernels`,
-bytes are carried by the `Exchange` it was given.
+A bucket of tensors takes it in one go; a single one is a bucket of one. The path knows
+no framework and no network: arrays are handled by `hvd_sparse.kernels`, bytes are
+carried by the `Exchange` it was given.
 
 | what | where |
 |---|---|
@@ -74,9 +73,8 @@ class GradientPath:
             exchange: who carries the bytes.
             op: Average over the ranks, or Sum.
             dense: which tensors go dense; WhenCheaper() unless given.
-            values: how values travel; as the sparsifier is made for, or Float32(),
-                unless given.
-            indices: how indices do; EliasFano() unless given.
+            values: how they travel; as the sparsifier is made for, or Float32().
+            indices: how they travel; EliasFano() unless given.
             memory: what keeps the rest; ErrorFeedback() unless given.
             collective: who sums up; Allgather(exchange) unless given.
             observers: who looks on.
@@ -84,10 +82,9 @@ class GradientPath:
             undo: keep what `residuals.discard` needs.
 
         Raises:
-            TypeError: sparsifier has no select method, dense is no rule, values or
-                indices no format, or one of them holds what ranks can not agree on.
-            ValueError: op is neither Average nor Sum, or the sparsifier is made for
-                other values.
+            TypeError: sparsifier has no select method, dense is no rule, values no
+                format, or one of them holds what ranks can not agree on.
+            ValueError: op is neither, or the sparsifier is made for other values.
         """
         self.exchange = exchange
         self.memory = memory if memory is not None else ErrorFeedback()
@@ -127,15 +124,14 @@ class GradientPath:
     ) -> list[Flight]:
         """Accumulate, select, encode, and start the exchange.
 
-        If that fails once all gradients were admitted, each that goes sparse is in its
-        residual.
+        If that fails once all were admitted, what goes sparse is in the residuals.
 
         Args:
             gradients: per name, the same on every rank and in every step, any shape;
                 float16, bfloat16, float32 or float64; read only.
             in_place: names whose results `receive` will write over the gradient, which
-                nobody looks at until then. Clearing it early saves a pass over its
-                memory. After an error it is all 0, unless it goes dense.
+                nobody looks at until then: cleared early, it saves a pass. After an
+                error it is all 0, unless it goes dense.
 
         Returns:
             Of each gradient, in this order, what `receive` must be given.
@@ -165,9 +161,9 @@ class GradientPath:
         Args:
             flights: what `send` returned, or some of it.
             outs: of each, contiguous, of the gradient's shape and dtype; overwritten
-                with the average or sum over ranks, the same bits on every rank; NaN
-                throughout if any rank met an element that was not finite. No two of
-                them overlap. The gradient, where `send` was told so.
+                with the average or sum over ranks, the same bits on every rank; all NaN
+                if any rank met what was not finite. No two overlap. The gradient, where
+                `send` was told so.
 
         Raises:
             PayloadError: a peer disagrees; names tensor, rank, expected and found. What
@@ -179,8 +175,6 @@ class GradientPath:
             self.roll_back(flights)
             raise
         self.commit(flights)
-
-    # receive in halves, for a step that arrives whole or not at all
 
     def hand_back(self, flights: Sequence[Flight], outs: Sequence[Array]) -> None:
         """Receive, but for the last word: `commit` or `roll_back` must follow."""

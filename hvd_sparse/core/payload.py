@@ -157,16 +157,16 @@ def decode(payload: Payload, *, indexed: bool = False) -> Selection:
     return Selection(indices, values, int(payload.nonfinite))
 
 
-def as_coded(payload: Payload) -> Coded:
+def as_coded(payload: Payload, *, indexed: bool = False) -> Coded:
     """The entries as kernels read them: as they travel, if the format is ours.
 
-    Its indices are empty where every rank knows them. Raises as `decode`.
+    Arguments and errors are those of `decode`.
     """
     header, k = payload.header, payload.k
     form = header.form
     if isinstance(form, Entries):
         return form.coded(payload.entries, k, header.dtype, header.n)
-    selection = decode(payload)
+    selection = decode(payload, indexed=indexed)
     return plain(selection.indices, selection.values)._replace(k=k)
 
 

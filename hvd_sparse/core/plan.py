@@ -28,13 +28,13 @@ from hvd_sparse.core.contracts import (
     Scheduled,
     SharedIndices,
     Sparsifier,
-    offers,
 )
 from hvd_sparse.core.flight import Tensor
 from hvd_sparse.core.format_checks import check_format
 from hvd_sparse.core.formats import Entries, is_ours
 from hvd_sparse.core.indices import Indices, KnownIndices, RawIndices
 from hvd_sparse.core.payload import DTYPES, MOST_ELEMENTS, Header
+from hvd_sparse.core.roles import offers
 from hvd_sparse.core.routing import Dense, Never, WhenCheaper
 from hvd_sparse.core.sparsifiers import (
     check_density,

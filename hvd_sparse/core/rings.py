@@ -11,12 +11,13 @@ MPICH, 2005, has the rings. Renggli, Ashkboos, Aghagolzadeh, Alistarh, Hoefler, 
 SC 2019, has the sparse allreduce that `split_allreduce` counts, and how a union fills.
 """
 
+import math
 from dataclasses import dataclass
 
 from hvd_sparse.core.contracts import Format
 from hvd_sparse.core.formats import Entries
 from hvd_sparse.core.payload import MOST_ELEMENTS, payload_bytes
-from hvd_sparse.core.values import Float32
+from hvd_sparse.core.values import Float32, float_bytes
 
 _PLAIN = Entries(Float32())
 
@@ -93,10 +94,10 @@ def split_allreduce(ranks: int, n: int, k: int, *, dtype: str = "float32") -> Tr
     SparCML's split allgather: entries go to the rank that has their part, sums come
     back to all; dense once the union takes more bytes so. Headers are not counted.
     """
-    entry = _PLAIN.bytes(1, dtype, n)
-    sums = min(union(ranks, n, k) * entry, n * (entry - 4))
+    there = min(n, math.ceil(union(ranks, n, k)))
+    sums = min(_PLAIN.bytes(there, dtype, n), n * float_bytes(dtype))
     share = (ranks - 1) / ranks
-    return Transfer(2 * (ranks - 1), share * (k * entry + sums))
+    return Transfer(2 * (ranks - 1), share * (_PLAIN.bytes(k, dtype, n) + sums))
 
 
 def most_ranks(n: int, k: int, *, itemsize: int = 4) -> int:

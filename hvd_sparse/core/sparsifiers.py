@@ -23,11 +23,11 @@ from hvd_sparse.core.contracts import (
     Request,
     Selection,
     Sparsifier,
-    offers,
 )
 from hvd_sparse.core.formats import joined
 from hvd_sparse.core.indices import Indices
 from hvd_sparse.core.levels import Levels
+from hvd_sparse.core.roles import offers
 from hvd_sparse.core.values import Sign, Values
 from hvd_sparse.kernels import host, kernels_for
 

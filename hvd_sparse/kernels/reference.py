@@ -3,12 +3,25 @@
 Every function has the contract of its namesake in `host`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hvd_sparse.kernels.bins import BINS, SHIFTS
+from hvd_sparse.kernels.coding import (
+    BFLOAT16,
+    CHUNK,
+    FLOAT,
+    FLOAT16,
+    RAW,
+    SIGN,
+    Coded,
+    integer_bits,
+    shift,
+    unary_bits,
+)
 
 Array = npt.NDArray[Any]
 Selected = tuple[Array, Array, int]
@@ -218,3 +231,61 @@ def _mix(word: Array, key: Any) -> Array:
     word *= np.uint64(0xD6E8FEB86659FD93)
     mixed: Array = word ^ (word >> np.uint64(32))
     return mixed
+
+
+def aggregate_coded(
+    out: Array, payloads: Sequence[Coded], scale: float, cleared: bool = False
+) -> None:
+    """The same of entries as they travel; see `hvd_sparse.kernels.coding`."""
+    wide = np.float64 if out.dtype == np.float64 else np.float32
+    arrays = [decode(coded, out.size, np.empty(0, wide)) for coded in payloads]
+    aggregate(out, arrays, scale, cleared)
+
+
+def decode(coded: Coded, n: int, like: Array) -> tuple[Array, Array]:
+    """Indices and values, as arrays."""
+    indices = coded.indices
+    if coded.index_kind != RAW:
+        indices = _read_elias_fano(coded.indices, coded.k, n)
+    return indices, _read_values(coded, like.dtype)
+
+
+def _read_elias_fano(data: Array, k: int, n: int) -> Any:
+    if k == 0:
+        return np.empty(0, np.int32)
+    bits = np.unpackbits(data, bitorder="little").astype(np.int64)
+    low = shift(n, k)
+    start = unary_bits(n, k, low)
+    high = np.flatnonzero(bits[:start])[:k] - np.arange(k)
+    parts = bits[start : start + k * low].reshape(k, low)
+    return (high << low | parts @ (1 << np.arange(low))).astype(np.int32)
+
+
+def _read_values(coded: Coded, dtype: Any) -> Any:
+    data, k, kind = coded.values, coded.k, coded.value_kind
+    if kind == FLOAT:
+        return data
+    if kind == FLOAT16:
+        exponent = int(data[:2].view("<i2")[0])
+        return np.ldexp(data[2:].view("<f2").astype(np.float64), exponent).astype(dtype)
+    if kind == BFLOAT16:
+        words = data.view("<u2").astype(np.uint32) << 16
+        return words.view(np.float32).astype(dtype)
+    if kind == SIGN:
+        minus = np.unpackbits(data[dtype.itemsize :], bitorder="little")[:k]
+        scale = data[: dtype.itemsize].view(dtype)
+        return np.where(minus, -scale, scale)
+    return _read_integers(data, k, integer_bits(kind), dtype)
+
+
+def _read_integers(data: Array, k: int, width: int, dtype: Any) -> Any:
+    half = dtype.itemsize // 2
+    start = -(-k // CHUNK) * half
+    scales = np.zeros((start // half, 2), f"<u{half}")
+    scales[:, 1] = data[:start].view(f"<u{half}")
+    bits = np.unpackbits(data[start:], bitorder="little")[: k * width]
+    weights = 1 << np.arange(width)
+    weights[-1] *= -1  # two's complement
+    whole = bits.reshape(k, width) @ weights
+    scale = scales.reshape(-1).view(dtype).astype(np.float64)
+    return (whole * np.repeat(scale, CHUNK)[:k]).astype(dtype)

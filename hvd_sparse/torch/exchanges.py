@@ -19,11 +19,11 @@ from hvd_sparse.core.contracts import (
     Scheduled,
     Sparsifier,
     Sum,
-    offers,
 )
 from hvd_sparse.core.frame import Frame
 from hvd_sparse.core.payload import Payload, Raised
 from hvd_sparse.core.received import Received
+from hvd_sparse.core.roles import offers
 from hvd_sparse.core.sparsifiers import fixed_density
 from hvd_sparse.torch import elastic
 from hvd_sparse.torch.batches import Arrival, Batch

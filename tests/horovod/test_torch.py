@@ -33,8 +33,9 @@ from hvd_sparse import (
     TopK,
     WhenCheaper,
 )
-from hvd_sparse.core.formats import Float32
+from hvd_sparse.core.formats import Entries
 from hvd_sparse.core.payload import Header, decode, encode
+from hvd_sparse.core.values import Float32
 from hvd_sparse.torch import measure
 from hvd_sparse.torch.exchanges import GatheredExchange
 from hvd_sparse.torch.horovod import SparseCompressor
@@ -2026,7 +2027,7 @@ def test_a_compressor_is_not_copied():
 def test_a_batch_that_came_in_a_step_that_was_given_up_is_not_taken_for_the_next():
     exchange = GatheredExchange(lambda: hvd.global_process_set, "twice", padded=False)
     exchange.plan({"a": 8, "b": 8})
-    header = Header(Float32(), "float32", n=9, k=1, step=0, digest=5)
+    header = Header(Entries(Float32()), "float32", n=9, k=1, step=0, digest=5)
     for value in (1.0, 2.0):  # of both steps, only the second is asked for
         entry = Selection(np.array([3], np.int32), np.array([value], np.float32), 0)
         for name in "ab":

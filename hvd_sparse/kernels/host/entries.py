@@ -53,14 +53,12 @@ def write_entries(
     row: Any, indices: Any, values: Any, n: int, sent: Any, like: Any, bytes_like: Any
 ) -> None:
     """Overwrites what a row points to; and sent, if values are rounded, as is read."""
-    k = indices.size
     if row[3] == ELIAS_FANO:
-        if k:
-            write_indices(index_region(row, n, bytes_like)[0], indices, n)
-    else:
-        carray(pointer_to(row[0], like), (k,))[:] = indices
+        write_indices(index_region(row, n, bytes_like)[0], indices, n)
+    else:  # none, where every rank knows them
+        carray(pointer_to(row[0], like), (indices.size,))[:] = indices
     if row[4] == FLOAT:
-        carray(pointer_to(row[1], values), (k,))[:] = values
+        carray(pointer_to(row[1], values), (row[2],))[:] = values
     else:
         data = value_region(row, values.itemsize, bytes_like)
         round_values(data, row[4], values, sent)
