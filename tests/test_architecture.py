@@ -216,7 +216,7 @@ def test_frames_are_walked_in_three_files() -> None:
 
 
 def test_the_core_sniffs_at_nothing() -> None:
-    """What may be called is declared in `core/contracts.py`, and asked by its `offers`.
+    """What may be called is declared in `core/contracts.py`, and asked by `core/roles`.
 
     Two other files look at objects of any kind: what ranks agree on, and handlers.
     """
@@ -230,8 +230,8 @@ def test_the_core_sniffs_at_nothing() -> None:
     }
     assert sniffing == {
         "hvd_sparse.core.configuration",
-        "hvd_sparse.core.contracts",
         "hvd_sparse.core.interrupts",
+        "hvd_sparse.core.roles",
     }
 
 

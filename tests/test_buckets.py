@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from laws import SIZES, Kind, Ranks, kinds, loopback, same_bits, send, shares
+from laws import SIZES, VALUES, Kind, Ranks, kinds, loopback, same_bits, send, shares
 
 from hvd_sparse import (
     CAT,
     Affine,
+    EliasFano,
     Never,
     PayloadError,
     RandomK,
@@ -111,6 +112,23 @@ def test_a_bucket_has_the_bits_of_its_tensors_alone(
                 same_bits(*(r.residuals(name)[rank] for r in (alone, together.ranks)))
     counted = [ranks.paths[0].traffic.tensors for ranks in (alone, together.ranks)]
     assert counted[0] == counted[1]
+
+
+@pytest.mark.parametrize("indices", [EliasFano(), RawIndices()], ids=repr)
+@pytest.mark.parametrize("values", VALUES, ids=repr)
+def test_a_bucket_has_the_bits_of_its_tensors_in_every_format(
+    values: Any, indices: Any
+) -> None:
+    travel = {"values": values, "indices": indices}
+    alone, together = Ranks(2, TopK(0.05), **travel), Buckets(2, TopK(0.05), **travel)
+    for step in range(3):
+        given = [several(step, rank) for rank in range(2)]
+        found = together.step(given)
+        for name in given[0]:
+            expected = alone.step([own[name] for own in given], name)
+            for rank in range(2):
+                same_bits(found[rank][name], expected[rank])
+                same_bits(*(r.residuals(name)[rank] for r in (alone, together.ranks)))
 
 
 def _may_be_written(gradient: np.ndarray) -> bool:

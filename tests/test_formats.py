@@ -10,6 +10,7 @@ from laws import (
     AFFINE,
     DTYPES,
     FORMATS,
+    VALUES,
     Ranks,
     TakesTurns,
     loopback,
@@ -20,10 +21,12 @@ from laws import (
 
 from hvd_sparse import (
     CAT,
+    EliasFano,
     Float32,
     Never,
     PayloadError,
     RandomK,
+    RawIndices,
     Sign,
     SignTopK,
     Stochastic,
@@ -65,10 +68,14 @@ def test_sign_top_k_is_top_k_with_signs(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
 @pytest.mark.parametrize(
-    "sparsifier", [TopK(0.1), Threshold(1.0), TakesTurns(7)], ids=repr
+    "sparsifier", [TopK(0.1), RandomK(0.1), Threshold(1.0), TakesTurns(7)], ids=repr
 )
-def test_nothing_is_lost_whatever_is_sent_as_signs(sparsifier: Any, dtype: str) -> None:
-    ranks = Ranks(RANKS, sparsifier, values=Sign())
+@pytest.mark.parametrize("indices", [EliasFano(), RawIndices()], ids=repr)
+@pytest.mark.parametrize("values", VALUES, ids=repr)
+def test_nothing_is_lost_however_it_travels(
+    values: Any, indices: Any, sparsifier: Any, dtype: str
+) -> None:
+    ranks = Ranks(RANKS, sparsifier, values=values, indices=indices)
     kept = [np.zeros(N, wide(DTYPES[dtype]))] * RANKS
     for step in range(STEPS):
         given = gradients(dtype, step)
@@ -76,11 +83,15 @@ def test_nothing_is_lost_whatever_is_sent_as_signs(sparsifier: Any, dtype: str) 
         ranks.assert_all_went_sparse()
         for rank, sent in enumerate(ranks.sent):
             total = kept[rank] + given[rank].astype(kept[rank].dtype)
-            assert values_of_one_size(sent.values)
+            assert values != Sign() or values_of_one_size(sent.values)
             expected = total.copy()
-            # what rounding took is a difference, and the sum of both is not exact
+            # of signs the sum of both is not exact, as no sum of floats is
             expected[sent.indices] = total[sent.indices] - sent.values
             same_bits(ranks.residuals()[rank], expected)
+            if values != Sign():
+                exact = expected.astype(np.longdouble)
+                exact[sent.indices] += sent.values
+                np.testing.assert_array_equal(exact, total.astype(np.longdouble))
         kept = ranks.residuals()
 
 

@@ -10,7 +10,7 @@ what their payload costs (`hvd_sparse.core.costs`).
 How this costs about as much as a fixed T: selection by magnitude needs no norm of the
 whole gradient, which divides all efficiencies alike. So a third more than last time are
 selected, in the one pass that TopK takes. Efficiencies are worked out from them and
-from the others, of which a large gradient's are sampled, 1 in 64. If the best T is
+from the others, of which a large gradient's are sampled, 1 in 256. If the best T is
 among those looked at, what is beyond it returns to the residual; if not, a tenth more
 than T are looked at.
 
@@ -56,7 +56,7 @@ from hvd_sparse.kernels import kernels_for
 _FARTHER = 1.3  # one size of the grid more than last time, and a little
 _BEYOND = 1.1  # of what seems best: what is sampled is not known exactly
 _SAMPLED = 1 << 16  # elements, of which all are looked at
-_RUN, _STRIDE = 16, 1024  # of more, so many of so many
+_RUN, _STRIDE = 16, 4096  # of more, so many of so many
 _AS_GOOD = 0.99  # the share of the best efficiency that a size of the grid must have
 
 Sizes = npt.NDArray[np.int64]
@@ -226,8 +226,9 @@ class CAT(Selecting):
         """The magnitudes of what was selected, and about those of the rest."""
         kernels = kernels_for(values)
         sample, each = _sampled(rest)
-        counts = kernels.count_magnitudes(values)
-        counts = counts + each * kernels.count_magnitudes(sample)
+        counts = kernels.count_magnitudes(sample)
+        counts *= each
+        counts += kernels.count_magnitudes(values)
         return Levels.of_bins(counts, values.dtype.itemsize)
 
     def all_levels(self, residual: Array, gradient: Array) -> Levels:

@@ -256,9 +256,10 @@ def _read_elias_fano(data: Array, k: int, n: int) -> Any:
     bits = np.unpackbits(data, bitorder="little").astype(np.int64)
     low = shift(n, k)
     start = unary_bits(n, k, low)
-    high = np.flatnonzero(bits[:start])[:k] - np.arange(k)
+    ones = np.flatnonzero(bits[:start])[:k]
+    high = np.append(ones, np.full(k - len(ones), n + k)) - np.arange(k)  # too few
     parts = bits[start : start + k * low].reshape(k, low)
-    return (high << low | parts @ (1 << np.arange(low))).astype(np.int32)
+    return (high << low | parts @ (1 << np.arange(low))).clip(0, n).astype(np.int32)
 
 
 def _read_values(coded: Coded, dtype: Any) -> Any:
