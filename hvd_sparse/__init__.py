@@ -11,6 +11,7 @@ The map of the package:
 | `hvd_sparse.mpi` | numpy arrays over plain MPI: SparseAllreduce |
 | `hvd_sparse.loopback` | ranks in one process, without MPI: for unit tests |
 | `hvd_sparse.transport` | what moves bytes over MPI, and when ranks disagree |
+| `hvd_sparse.forecast` | `plan`: what a model will cost on the wire |
 | `hvd_sparse.advice` | what of an optimizer spoils sparse training |
 | `hvd_sparse.carriers` | how payloads travel through Horovod |
 | `hvd_sparse.watchdog` | waits that nothing else can end |
@@ -51,6 +52,7 @@ from hvd_sparse.core.values import (
     Int8,
     Sign,
 )
+from hvd_sparse.forecast import plan
 
 __version__ = "0.1.0"
 
@@ -89,6 +91,7 @@ __all__ = [
     "TopK",
     "WhenCheaper",
     "checkpoint_path",
+    "plan",
 ]
 
 _DOORS = ("loopback", "mpi", "tensorflow", "torch")

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from hvd_sparse.table import aligned
+
 _WORDS = {True: "yes", False: "no"}
 
 
@@ -39,12 +41,7 @@ def _told(fact: Any) -> str:
 
 def _table(title: str, rows: Sequence[Sequence[str]]) -> list[str]:
     """The first row has the headings, the first column what is to be read left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [title]
-    for first, *rest in rows:
-        cells = [cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True)]
-        lines.append("  " + "  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return lines
+    return [title, *(f"  {line}" for line in aligned(rows))]
 
 
 def _network(collectives: Mapping[str, Mapping[str, Any]]) -> list[str]:
