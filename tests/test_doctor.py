@@ -20,13 +20,16 @@ from launching import (
 )
 
 import hvd_sparse
+from hvd_sparse import BFloat16, EliasFano, Float16, Int4, Int8, RawIndices, TopK
+from hvd_sparse.core.shapes import Shaped
 from hvd_sparse.doctor import installed
-from hvd_sparse.doctor.__main__ import parse
+from hvd_sparse.doctor.__main__ import main, parse
 from hvd_sparse.doctor.local import Local, measure_local
-from hvd_sparse.doctor.model import tensors_in, tensors_of
+from hvd_sparse.doctor.model import tensors_in, tensors_of, weights_in
 from hvd_sparse.doctor.network import LARGEST, Collective, Network, measure_network
 from hvd_sparse.doctor.prediction import PAYS, Prediction, predict, verdict
 from hvd_sparse.doctor.report import _predictions
+from hvd_sparse.doctor.traffic import INDICES, VALUES
 from hvd_sparse.doctor.transport import Transport, found_door
 from hvd_sparse.transport.mpi.communicator import LAUNCHER_VARIABLES
 
@@ -88,6 +91,19 @@ def test_json_without_a_file_is_all_that_is_printed() -> None:
     assert is_whole(found, 2, "MPI")
     for row in found["predictions"]:
         assert row["step_s"] == pytest.approx(0.2 + row["seconds"])
+
+
+@needs_mpirun
+@pytest.mark.jobs
+def test_a_job_predicts_the_formats_that_it_is_asked_for() -> None:
+    asked = ["--values", "Int8", "--indices", "RawIndices", "--density", "0.01"]
+    job = run([*mpi_command(2), *DOCTOR, *asked, "--json"], LIMIT_S)
+    assert job.code == 0, job.errors
+    formats = {"values": Int8(), "indices": RawIndices()}
+    shapes = [(size,) for size in tensors_of(2_000_000)]
+    plan = hvd_sparse.plan(shapes, TopK(density=0.01), ranks=2, **formats)
+    sparse = json.loads(job.output)["predictions"][-1]
+    assert sparse["bytes"] == sum(row.bytes_sent for row in plan.rows)
 
 
 def test_a_step_is_told_in_the_table_where_it_is_known() -> None:
@@ -301,6 +317,151 @@ def test_what_this_machine_takes_is_measured_on_the_real_path() -> None:
     assert (half.sparse_tensors, half.dense_bytes) == (0, 4_000_000)
 
 
+@pytest.mark.parametrize(
+    ("values", "indices"),
+    [
+        (None, RawIndices()),
+        (Float16(), None),
+        (Int4(), RawIndices()),
+        (BFloat16(), EliasFano()),
+    ],
+)
+def test_sizes_are_those_of_the_formats_that_are_asked_for(
+    values: object, indices: object
+) -> None:
+    formats = {"values": values, "indices": indices}
+    sizes = [1000, 20_000]
+    local = measure_local(sizes, 0.01, 2, **formats)
+    plan = hvd_sparse.plan([(n,) for n in sizes], TopK(0.01), ranks=2, **formats)
+    assert local.payload_bytes == sum(row.bytes_sent for row in plan.rows)
+
+
+# ------------------------------------------------------------------------- --plan
+
+
+def said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str
+) -> str:
+    """By the doctor, in this process."""
+    monkeypatch.setattr(sys, "argv", ["doctor", *options])
+    main()
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    file = tmp_path / "model.npz"
+    arrays = {"layer.weight": np.zeros((50, 30), np.float32), "steps": np.zeros(2, int)}
+    np.savez(file, **arrays, **{"layer.bias": np.zeros(50, np.float16)})
+    return file
+
+
+def test_a_plan_is_that_of_the_package(
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["--density", "0.1", "--values", "Float16", "--indices", "RawIndices"]
+    options += ["--plan", "--checkpoint", str(checkpoint), "--ranks", "4"]
+    model = {"layer.weight": (50, 30), "layer.bias": np.zeros(50, np.float16)}
+    formats = {"values": Float16(), "indices": RawIndices()}
+    plan = hvd_sparse.plan(model, TopK(density=0.1), ranks=4, **formats)
+    assert said(monkeypatch, capsys, *options) == f"{plan}\n"
+
+    (found,) = json.loads(said(monkeypatch, capsys, *options, "--json"))["plans"]
+    assert (found["sparsifier"], found["ranks"]) == ("TopK(density=0.1)", 4)
+    assert found["sent_bytes"] == plan.sent_bytes
+    assert found["dense_bytes"] == plan.dense_bytes
+    assert found["compression_ratio"] == plan.compression_ratio
+    for row, told in zip(plan.rows, found["rows"], strict=True):
+        assert told == {**vars(row), "shape": list(row.shape)}
+
+
+def test_a_plan_has_a_table_for_each_density_and_may_be_kept(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "plan.json"
+    options = ["--plan", "--parameters", "100000", "--json", str(file)]
+    tables = said(monkeypatch, capsys, *options)
+    shapes = [(size,) for size in tensors_of(100_000)]
+    expected = [hvd_sparse.plan(shapes, TopK(density=d)) for d in (0.01, 0.001)]
+    assert tables == "\n\n".join(map(str, expected)) + "\n"
+    kept = json.loads(file.read_text())["plans"]
+    assert [each["sent_bytes"] for each in kept] == [p.sent_bytes for p in expected]
+
+
+@pytest.mark.jobs
+def test_a_plan_needs_no_mpi() -> None:
+    """Though a launcher's variables are there, and mpi4py is not."""
+    script = (
+        "import sys; sys.modules['mpi4py'] = None; sys.argv = ['doctor', '--plan']; "
+        "from hvd_sparse.doctor.__main__ import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "OMPI_COMM_WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "TopK(density=0.001) on 8 ranks" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--plan", "--ranks", "0"], "ranks must be positive, got 0"),
+        (["--plan", "--parameters", "0"], "parameters must be positive, got 0"),
+        (["--plan", "--density", "2"], "density must be in"),
+        (["--plan", "--checkpoint", "none.npz"], "none.npz"),
+    ],
+)
+def test_what_can_not_be_planned_is_said_in_a_line(
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["doctor", *options])
+    with pytest.raises(SystemExit, match=message):
+        main()
+
+
+@pytest.mark.parametrize("content", [b"no archive", None])
+def test_a_plan_names_the_checkpoint_or_the_tensor(
+    content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "model.npz"
+    np.savez(file, weight=np.zeros(3, np.longdouble))
+    if content is not None:
+        file.write_bytes(content)
+    monkeypatch.setattr(sys, "argv", ["doctor", "--plan", "--checkpoint", str(file)])
+    named = "model.npz: " if content else "weight: gradient must be one of float16"
+    with pytest.raises(SystemExit, match=named):
+        main()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--values", "Float8"], "--values: invalid choice: 'Float8'"),
+        (["--indices", "Float16"], "--indices: invalid choice: 'Float16'"),
+        (["--ranks", "4"], "--ranks must come with --plan"),
+    ],
+)
+def test_an_option_that_says_nothing_is_refused(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(options)
+    assert message in capsys.readouterr().err
+
+
+def test_formats_are_those_of_the_package_by_name() -> None:
+    for name, form in {**VALUES, **INDICES}.items():
+        assert form == getattr(hvd_sparse, name)()
+
+
 # -------------------------------------------------------------------------- models
 
 
@@ -320,6 +481,7 @@ def test_a_numpy_checkpoint_is_read(tmp_path: Path) -> None:
     file = tmp_path / "model.npz"
     np.savez(file, a=np.zeros((3, 5)), b=np.zeros(7, np.float32), c=np.zeros(9, int))
     assert tensors_in(file) == [15, 7]
+    assert weights_in(file) == {"a": Shaped((3, 5), "float64"), "b": Shaped((7,))}
 
 
 def test_a_torch_checkpoint_is_read(tmp_path: Path) -> None:
@@ -328,6 +490,10 @@ def test_a_torch_checkpoint_is_read(tmp_path: Path) -> None:
     for saved in (weights, {"model": weights, "optimizer": {"m": torch.zeros(99)}}):
         torch.save(saved, tmp_path / "model.pt")
         assert tensors_in(tmp_path / "model.pt") == [24]
+        assert weights_in(tmp_path / "model.pt") == {"w": Shaped((4, 6))}
+    torch.save([torch.zeros(3, dtype=torch.bfloat16)], tmp_path / "model.pt")
+    named = {"tensor 0": Shaped((3,), "bfloat16")}
+    assert weights_in(tmp_path / "model.pt") == named
 
 
 def test_a_keras_checkpoint_is_read(tmp_path: Path) -> None:
@@ -337,6 +503,7 @@ def test_a_keras_checkpoint_is_read(tmp_path: Path) -> None:
         weights["layers/dense/vars/0"] = np.zeros((2, 3), np.float32)
         weights["optimizer/vars/0"] = np.zeros(50, np.float32)
     assert tensors_in(file) == [6]
+    assert weights_in(file) == {"layers/dense/vars/0": Shaped((2, 3))}
 
 
 def test_a_checkpoint_without_weights_is_refused(tmp_path: Path) -> None:

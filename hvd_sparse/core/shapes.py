@@ -127,8 +127,17 @@ def _shaped(name: Any, part: Any) -> Shaped:
         return Shaped(_shape(name, part))
     if isinstance(part, type) or not offers(part, Arraylike):
         raise TypeError(f"{name}: must be a shape or an array, got {part!r}")
-    dtype = Dtype(_AROUND.sub("", str(part.dtype)))
-    return Shaped(_shape(name, part.shape), dtype)
+    return Shaped(_shape(name, part.shape), dtype_named(part.dtype))
+
+
+def dtype_named(dtype: Any) -> Dtype:
+    """That of an array of any framework.
+
+    Example:
+        >>> dtype_named("torch.bfloat16").itemsize
+        2
+    """
+    return Dtype(_AROUND.sub("", str(dtype)))
 
 
 def _shape(name: str, shape: Iterable[Any]) -> tuple[int, ...]:

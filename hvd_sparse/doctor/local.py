@@ -9,9 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from hvd_sparse.core.frame import MARK_BYTES
+from hvd_sparse.core.indices import Indices
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.payload import Payload
 from hvd_sparse.core.sparsifiers import TopK
+from hvd_sparse.core.values import Values
 
 Array = npt.NDArray[Any]
 
@@ -61,14 +63,29 @@ class Echo:
         """Each by itself."""
 
 
-def measure_local(sizes: Sequence[int], density: float, ranks: int) -> Local:
+def measure_local(
+    sizes: Sequence[int],
+    density: float,
+    ranks: int,
+    *,
+    values: Values | None = None,
+    indices: Indices | None = None,
+) -> Local:
     """Time the path over tensors of these sizes, float32, in place.
+
+    Args:
+        sizes: elements of each.
+        density: of what is sent.
+        ranks: how many exchange.
+        values: how values travel, as for an integration.
+        indices: how indices do.
 
     Raises:
         ValueError: density is not in (0, 1].
     """
     exchange = Echo(ranks)
-    path = GradientPath(TopK(density=density), exchange)
+    sparsifier = TopK(density=density)
+    path = GradientPath(sparsifier, exchange, values=values, indices=indices)
     named = {f"tensor {i}": size for i, size in enumerate(sizes)}
     dense = {n for n, s in named.items() if path.plan.goes_dense(n, _like(s))}
     sparse = {name: size for name, size in named.items() if name not in dense}

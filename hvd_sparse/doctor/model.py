@@ -1,11 +1,16 @@
 """The tensors of the model in question: of a checkpoint, or of so many parameters."""
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
+
+from hvd_sparse.core.shapes import Shaped, dtype_named
+
+Named = tuple[str, Shaped]
 
 TYPICAL = 160  # tensors of a model of which only the parameters are known
 _STATES = ("state_dict", "model_state_dict", "model")  # where a checkpoint has weights
@@ -28,7 +33,12 @@ def tensors_of(parameters: int) -> list[int]:
 
 
 def tensors_in(checkpoint: Path) -> list[int]:
-    """Elements of each floating tensor of a checkpoint.
+    """Elements of each floating tensor of a checkpoint: see `weights_in`."""
+    return [math.prod(weight.shape) for weight in weights_in(checkpoint).values()]
+
+
+def weights_in(checkpoint: Path) -> dict[str, Shaped]:
+    """Each floating tensor of a checkpoint, by its name there.
 
     Args:
         checkpoint: .npz; .h5 or .keras; else what torch.load reads, weights only.
@@ -38,45 +48,52 @@ def tensors_in(checkpoint: Path) -> list[int]:
         ImportError: what reads it is not installed.
     """
     readers = {".npz": _of_numpy, ".h5": _of_hdf5, ".keras": _of_keras}
-    sizes = list(readers.get(checkpoint.suffix, _of_torch)(checkpoint))
-    if not sizes:
+    found = dict(readers.get(checkpoint.suffix, _of_torch)(checkpoint))
+    if not found:
         raise ValueError(f"{checkpoint} must have floating tensors, got none")
-    return sizes
+    return found
 
 
-def _of_numpy(file: Path) -> Iterator[int]:
+def _of_numpy(file: Path) -> Iterator[Named]:
     with np.load(file, allow_pickle=False) as arrays:
-        yield from (a.size for a in arrays.values() if a.dtype.kind == "f")
+        for name, array in arrays.items():
+            if array.dtype.kind == "f":
+                yield name, _shaped(array)
 
 
-def _of_keras(file: Path) -> Iterator[int]:
+def _of_keras(file: Path) -> Iterator[Named]:
     with ZipFile(file) as archive, archive.open("model.weights.h5") as weights:
         yield from _of_hdf5(weights)
 
 
-def _of_hdf5(file: Any) -> list[int]:
+def _of_hdf5(file: Any) -> Iterator[Named]:
     import h5py
 
-    sizes: list[int] = []
+    found: list[Named] = []
 
     def visit(name: str, item: Any) -> None:
         floating = isinstance(item, h5py.Dataset) and item.dtype.kind == "f"
         if floating and "optimizer" not in name:
-            sizes.append(int(item.size))
+            found.append((name, _shaped(item)))
 
     with h5py.File(file, "r") as weights:
         weights.visititems(visit)
-    return sizes
+    yield from found
 
 
-def _of_torch(file: Path) -> Iterator[int]:
+def _of_torch(file: Path) -> Iterator[Named]:
     import torch
 
     saved = torch.load(file, map_location="cpu", weights_only=True)
     for key in _STATES:
         if isinstance(saved, Mapping) and isinstance(saved.get(key), Mapping):
             saved = saved[key]
-    values = saved.values() if isinstance(saved, Mapping) else saved
-    for value in values:
+    if not isinstance(saved, Mapping):
+        saved = {f"tensor {place}": value for place, value in enumerate(saved)}
+    for name, value in saved.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
-            yield value.numel()
+            yield str(name), _shaped(value)
+
+
+def _shaped(array: Any) -> Shaped:
+    return Shaped(tuple(array.shape), dtype_named(array.dtype))
