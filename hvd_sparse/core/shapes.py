@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from operator import index
 from typing import Any, Protocol
 
-from hvd_sparse.core.contracts import offers
 from hvd_sparse.core.plan import ITEMSIZES
+from hvd_sparse.core.roles import offers
 
 _AROUND = re.compile(r"torch\.|<dtype: '|'>")  # the name, as frameworks write a dtype
 
