@@ -87,7 +87,7 @@ def seek(data: Any, low: int, unary: int, k: int, first: int, found: Any) -> Any
     while buckets < wanted and at < unary:
         size = min(AT_ONCE, unary - at)
         zeros = size - bit_count(bits_at(data, at, size))
-        if buckets + zeros >= wanted:  # no one may be passed behind the last zero
+        if buckets + zeros >= wanted:  # what follows the last of them belongs there
             size, zeros = 1, 1 - np.int64(bits_at(data, at, 1))
         buckets += zeros
         at += size
