@@ -54,11 +54,12 @@ def write_entries(
 ) -> None:
     """Overwrites what a row points to; and sent, if values are rounded, as is read."""
     if row[3] == ELIAS_FANO:
-        write_indices(index_region(row, n, bytes_like)[0], indices, n)
-    else:  # none, where every rank knows them
+        if indices.size:
+            write_indices(index_region(row, n, bytes_like)[0], indices, n)
+    else:  # none where every rank knows them
         carray(pointer_to(row[0], like), (indices.size,))[:] = indices
     if row[4] == FLOAT:
-        carray(pointer_to(row[1], values), (row[2],))[:] = values
+        carray(pointer_to(row[1], values), (values.size,))[:] = values
     else:
         data = value_region(row, values.itemsize, bytes_like)
         round_values(data, row[4], values, sent)
@@ -145,7 +146,8 @@ def encode(coded: Coded, indices: Array, values: Array, n: int) -> Array:
     rounds = coded.value_kind != FLOAT
     sent = np.empty_like(values) if rounds else values
     row = np.array(row_of(coded), np.int64)
-    write_entries(row, readable(indices), readable(values), n, sent, INDICES, BYTES)
+    given = readable(indices), readable(values), n, readable(sent)
+    write_entries(row, *given, INDICES, BYTES)
     return sent
 
 
