@@ -50,7 +50,12 @@ class Allgather:
             found = self._exchange.locate([flight.handle for flight, _ in group])
             if found is None:  # they must be received one by one
                 continue
-            self._fused.aggregate(group, found.addresses, scale)
+            try:
+                self._fused.aggregate(group, found.addresses, scale)
+            except PayloadError:
+                for flight, _ in group:
+                    _check(flight, self._exchange.finish(flight.handle))
+                raise
             for (flight, _), size in zip(group, found.wire_bytes, strict=True):
                 tensor = flight.tensor
                 there[tensor.name] = Summed(tensor.header.k, size, size * others)
@@ -59,29 +64,45 @@ class Allgather:
     def _sum_one(self, flight: Flight, out: Array, scale: float) -> Summed:
         payloads = self._exchange.finish(flight.handle)
         mine = payloads[self._exchange.rank]
+        if mine is None:
+            told = f"rank {self._exchange.rank}: no payload, expected this rank's own"
+            raise PayloadError(f"{flight.tensor.name}: {told}")
         size = mine.wire_bytes
         there = [payload for payload in payloads if payload is not None]
         total = sum(payload.wire_bytes for payload in there)
         summed = Summed(mine.k, size, total - size)
-        parts = [_coded(flight, payload) for payload in there]
+        # a rank that missed some exchanges is a few steps behind, for once
+        steps = [payload.header.step for payload in there]
+        flight.tensor.latest = max(flight.tensor.latest, *steps)
         if any(payload.nonfinite for payload in there):
             return summed._replace(nonfinite=True)
         kernels = kernels_for(out)
         try:
+            parts = [_coded(flight, payload) for payload in there]
             kernels.aggregate_coded(out.reshape(-1), parts, scale, flight.cleared)
-        except ValueError as error:
+        except (PayloadError, ValueError) as error:
+            _check(flight, payloads)
             raise PayloadError(f"{flight.tensor.name}: {error}") from None
         if not self._bounded:
             return summed
         return summed._replace(bound=sum(largest(decode(p).values) for p in there))
 
 
+def _check(flight: Flight, payloads: Sequence[Payload | None]) -> None:
+    """Raise PayloadError with tensor and rank if entries of one are wrong."""
+    for rank, payload in enumerate(payloads):
+        try:
+            if payload is not None:
+                decode(payload, indexed=flight.indices is None)
+        except PayloadError as error:
+            told = f"{flight.tensor.name}: rank {rank}: {error}"
+            raise PayloadError(told) from None
+
+
 def _coded(flight: Flight, payload: Payload) -> Coded:
     """As it travels, and its indices where they did not."""
     tensor = flight.tensor
     coded = as_coded(payload, indexed=flight.indices is None)
-    # a rank that missed some exchanges is a few steps behind, for once
-    tensor.latest = max(tensor.latest, payload.header.step)
     if flight.indices is None:
         return coded
     if payload.header.step != tensor.header.step:

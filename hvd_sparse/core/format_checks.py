@@ -6,7 +6,7 @@ import numpy as np
 
 from hvd_sparse.core.contracts import Array, Format, PayloadError
 from hvd_sparse.core.formats import is_ours
-from hvd_sparse.core.roles import offers
+from hvd_sparse.kernels.reference import check_finite, check_indices
 
 _TRIED = 100_000  # elements of a gradient with which a format is tried
 _YOURS = 128  # the least number of a format of one's own
@@ -87,6 +87,19 @@ def read_entries(
             f"got {indices.shape} {kinds[0]} and {values.shape} {kinds[1]}"
         )
     return _plain(indices), _plain(values)
+
+
+def check_entries(indices: Array, values: Array, n: int) -> None:
+    """Refuse what no rank sends.
+
+    Raises:
+        PayloadError: indices do not ascend in [0, n), or values are not finite.
+    """
+    try:
+        check_indices(indices, n)
+        check_finite(values)
+    except ValueError as error:
+        raise PayloadError(str(error)) from None
 
 
 def _plain(array: Array) -> Array:

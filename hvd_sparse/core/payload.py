@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvd_sparse.core.contracts import Array, Format, PayloadError, Selection
-from hvd_sparse.core.format_checks import read_entries
+from hvd_sparse.core.format_checks import check_entries, read_entries
 from hvd_sparse.core.formats import Entries
 from hvd_sparse.kernels.coding import Coded, plain
 
@@ -146,7 +146,8 @@ def decode(payload: Payload, *, indexed: bool = False) -> Selection:
     Its indices are empty where every rank knows them.
 
     Raises:
-        PayloadError: there are not k entries in it.
+        PayloadError: there are not k entries in it, indices do not ascend in [0, n), or
+            values are not finite.
     """
     header, k = payload.header, payload.k
     form, dtype, n = header.form, header.dtype, header.n
@@ -154,13 +155,15 @@ def decode(payload: Payload, *, indexed: bool = False) -> Selection:
     indices, values = read_entries(form, data, k, dtype, n)
     if indexed and indices.size != k:
         raise PayloadError(f"{form!r}: read must give {k} indices, got {indices.size}")
+    check_entries(indices, values, n)
     return Selection(indices, values, int(payload.nonfinite))
 
 
 def as_coded(payload: Payload, *, indexed: bool = False) -> Coded:
     """The entries as kernels read them: as they travel, if the format is ours.
 
-    Arguments and errors are those of `decode`.
+    Its indices are empty where every rank knows them. Raises as `decode`, unless the
+    kernels will find out.
     """
     header, k = payload.header, payload.k
     form = header.form

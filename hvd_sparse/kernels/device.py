@@ -16,7 +16,7 @@ from hvd_sparse.kernels import host
 from hvd_sparse.kernels.bins import BINS, SHIFTS
 from hvd_sparse.kernels.coding import Coded
 from hvd_sparse.kernels.contract import NothingAddedError
-from hvd_sparse.kernels.reference import check_indices, check_places
+from hvd_sparse.kernels.reference import check_finite, check_indices, check_places
 
 _STRETCH = 1 << 20  # elements
 
@@ -238,6 +238,8 @@ def aggregate_coded(
     lost = sum(c.k - len(a[0]) for c, a in zip(payloads, arrays, strict=True))
     if lost:
         raise ValueError(f"indices must ascend in [0, {out.numel()}), {lost} do not")
+    for _, values in arrays:
+        check_finite(values)
     aggregate(out, arrays, scale, cleared)
 
 

@@ -174,8 +174,9 @@ def aggregate(
 ) -> None:
     """Overwrites out with scale * (payload_0 + payload_1 + ...), rank by rank."""
     del cleared
-    for indices, _ in payloads:
+    for indices, values in payloads:
         check_indices(indices, out.size)
+        check_finite(values)
     total = zeros_like(out)
     with np.errstate(over="ignore"):
         for indices, values in payloads:
@@ -200,6 +201,13 @@ def check_indices(indices: Array, n: int) -> None:
         raise ValueError(
             f"indices must ascend in [0, {n}), {wrong} of {indices.size} do not"
         )
+
+
+def check_finite(values: Array) -> None:
+    """Raise ValueError unless all are."""
+    wrong = values.size - np.count_nonzero(np.isfinite(values))
+    if wrong:
+        raise ValueError(f"values must be finite, {wrong} of {values.size} are not")
 
 
 def random_indices(n: int, k: int, seed: int) -> Array:

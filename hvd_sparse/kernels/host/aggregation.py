@@ -1,5 +1,6 @@
 """The sum of all payloads, rank by rank: the same bits on every rank."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,13 @@ from hvd_sparse.kernels.host.entries import (
     row_of,
 )
 from hvd_sparse.kernels.host.jit import jit
-from hvd_sparse.kernels.host.simd import LANES, lowest_bit, prefetch
+from hvd_sparse.kernels.host.simd import (
+    LANES,
+    from_bits,
+    lowest_bit,
+    magnitude_bits,
+    prefetch,
+)
 from hvd_sparse.kernels.host.threads import parts, run_parts
 from hvd_sparse.kernels.host.zeros import are_streamed, stream_zeros
 
@@ -57,7 +64,8 @@ def sum_entries(
     `room(n)` elements, a chunk at a time.
 
     Returns how many entries there were: indices that do not ascend are not followed, so
-    a damaged payload can not write outside of out.
+    a damaged payload can not write outside of out; and those of a chunk with a value
+    that is not finite, which no rank sends, do not count.
     """
     taken = 0
     if streamed:
@@ -83,16 +91,18 @@ def sum_entries(
             )
             count = indices.size
             values = next_values(row, entry, count, values_room, bytes_like)
-            last, i = low - 1, 0
+            last, i, most = low - 1, 0, np.uint64(0)
             while i < count and last < indices[i] < high:
                 last = indices[i]
                 ahead = indices[min(i + _AHEAD, count - 1)]
                 prefetch(out, ahead - offset)  # wherever that is: it can not fault
                 out[last - offset] += values[i]
+                most = max(most, magnitude_bits(values[i]))
                 block = (last - low) // LANES
                 touched[block // 64] |= np.uint64(1) << np.uint64(block % 64)
                 i += 1
-            taken += i
+            if math.isfinite(from_bits(most, values)):
+                taken += i
             entries[rank] += count
         if taken > before and scale != 1:
             _scale_blocks(out[low - offset : high - offset], touched, scale)
@@ -127,7 +137,7 @@ def aggregate_coded(
         cleared: out is all 0 already, so that only the entries need be written.
 
     Raises:
-        ValueError: some indices are not ascending in [0, n).
+        ValueError: some indices are not ascending in [0, n), or values not finite.
     """
     table = np.array([row_of(payload) for payload in payloads], np.int64)
     given = int(table[:, 2].sum())
@@ -138,7 +148,8 @@ def aggregate_coded(
         taken = _sum_narrow(out, table, scale)
     if taken != given:
         raise ValueError(
-            f"indices must ascend in [0, {out.size}), {given - taken} of {given} do not"
+            f"indices must ascend in [0, {out.size}), and values be finite: "
+            f"{given - taken} of {given} do not"
         )
 
 

@@ -35,7 +35,7 @@ def _narrow(value: float, mantissa: int, bias: int, most: int) -> Any:
 
 @jit
 def _wide(bits: int, mantissa: int, bias: int) -> Any:
-    """The value of such a pattern, as float64; finite, whatever the pattern."""
+    """The value of such a pattern, as float64, where it is finite whatever it is."""
     magnitude = bits & 0x7FFF
     if magnitude >> mantissa:
         shifted = (magnitude << (52 - mantissa)) + ((1023 - bias) << 52)
