@@ -70,17 +70,20 @@ def extract(reduced: Floats, size: int) -> tuple[list[Bytes], float]:
     Raises:
         PayloadError: this is no sum or average of buffers that `embed` made.
     """
+    if not np.isfinite(reduced).all():
+        raise PayloadError("the reduced buffer has numbers that are not finite")
     slots = reduced[1:].reshape(size, -1)
     marks = slots[:, 0].astype(np.float64)
     present = marks > 0
     scale = float(np.max(marks, initial=0.0))
-    if not present.any() or abs(reduced[0] / scale - present.sum()) > 0.5:
+    if not present.any() or abs(float(reduced[0]) / scale - present.sum()) > 0.5:
         raise PayloadError(
             "op must be Average or Sum: the reduced buffer is neither of them"
         )
     payloads = []
     for slot, mark in zip(slots, marks, strict=True):
-        words = np.rint(slot[1:] / mark) if mark > 0 else np.empty(0)
+        with np.errstate(over="ignore"):  # a damaged mark may be next to nothing
+            words = np.rint(slot[1:] / mark) if mark > 0 else np.empty(0)
         if words.size and not 0 <= np.min(words) <= np.max(words) < 1 << 16:
             raise PayloadError("a slot of the reduced buffer has no 16-bit integers")
         payloads.append(words.astype(np.uint16).view(np.uint8))

@@ -100,7 +100,7 @@ class Received:
     def _look(self, rank: int, data: Bytes) -> _Row:
         frame, layout = self._frame, self._frame.layout
         head = read_head(data, f"{frame.names[0]}: rank {rank}")
-        headers, ahead = self._at_its_step(head.step)
+        headers, ahead = self._at_its_step(rank, head.step)
         self._check_count(rank, head)
         marks = data[HEAD_BYTES : layout.marks_end]
         self._check_marks(rank, marks, head, headers)
@@ -117,12 +117,14 @@ class Received:
             nonfinite = layout.finite
         return _Row(data, ahead, ks, nonfinite, starts, shares)
 
-    def _at_its_step(self, step: int) -> tuple[list[Header], int]:
+    def _at_its_step(self, rank: int, step: int) -> tuple[list[Header], int]:
         """Headers as that rank has them, and how far it is ahead."""
         headers, own = self._frame.headers, self._frame.step
         if not self._uneven:
             return headers, 0
         ahead = (step - own + STEPS // 2) % STEPS - STEPS // 2
+        if own + ahead < 0:
+            raise self._error(rank, 0, f"step {step}, expected about {own % STEPS}")
         return [h._replace(step=h.step + ahead) for h in headers], ahead
 
     def _check_count(self, rank: int, head: Head) -> None:
@@ -231,13 +233,14 @@ def split(row: Bytes, name: str, *, ranks: int, padded: bool) -> list[Bytes]:
     """
     frames: list[Bytes] = []
     start = 0
-    while start < row.size:
+    while start < row.size and len(frames) <= ranks:
         head = _unpack(row[start:], f"{name}: rank {len(frames)}")
         size = max(head.words * 8, HEAD_BYTES)
         frames.append(row[start : start + size])
         start += padded_bytes(size) if padded else size
     if start != row.size or len(frames) != ranks:
-        found = f"{len(frames)} frames in {row.size} bytes"
+        more = " or more" if start < row.size else ""
+        found = f"{len(frames)}{more} frames in {row.size} bytes"
         raise PayloadError(
             f"{name}: {found}, expected {ranks}, of {start} bytes: has a rank sent "
             "nothing?"

@@ -152,7 +152,8 @@ def _dtype_of_sum(tensor: Array) -> Any:
 def _unpack(part: Array, count: int) -> list[Array]:
     """(bytes,) uint8 each: the blobs that follow their sizes in these words."""
     sizes = part[:count].tolist()
-    if count > part.size or sum(sizes) != (part.size - count) * WORD:
+    whole = count <= part.size and sum(sizes) == (part.size - count) * WORD
+    if not whole or min(sizes, default=0) < 0:
         raise ExchangeError(f"sizes do not add up to {part.nbytes} bytes")
     data, starts = part[count:].view(np.uint8), [0, *accumulate(sizes)]
     return [data[start:end] for start, end in pairwise(starts)]
