@@ -35,7 +35,7 @@ from hvd_sparse.core.received import Received, split
 from hvd_sparse.kernels import host
 from hvd_sparse.kernels.coding import shift, unary_bits
 from hvd_sparse.kernels.host import aggregation
-from hvd_sparse.transport.mpi import buffers
+from hvd_sparse.transport.mpi.buffers import Buffers
 
 # ---------------------------------------------------------------- any damage at all
 
@@ -280,9 +280,13 @@ def test_frames_beyond_those_of_the_ranks_are_not_looked_at() -> None:
 
 
 def test_blobs_of_fewer_than_no_bytes_are_refused() -> None:
-    words = np.array([-8, 24, 1, 2], np.int64)
+    """Though sizes add up."""
+    there = Buffers(size=1)
+    there.blobs = [np.zeros(8, np.uint8), np.zeros(8, np.uint8)]
+    counts = [there.close() // 8]
+    there.frame(counts, 0)[:2] = -8, 24
     with pytest.raises(ExchangeError, match="sizes do not add up to 32 bytes"):
-        buffers._unpack(words, 2)
+        there.open(counts)
 
 
 BUFFERS = {
