@@ -11,6 +11,7 @@ import argparse
 import mmap
 import os
 import resource
+import signal
 import struct
 import sys
 import time
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from hostile import cases, decode_hostile  # beside this folder
 
 WARM = 5000  # decodes in which kernels are loaded, and scenes made
+MOST_S, COMPILED_S = 10, 120  # after which a decode has hung: SIGALRM ends the process
 REPORT = 1_000_000
 
 
@@ -34,6 +36,7 @@ def decode_all(seed: int, count: int, last: mmap.mmap) -> None:
     start, before, slowest, decoded = time.perf_counter(), 0, 0.0, 0
     for i, data in enumerate(cases(seed, count)):
         last[: 4 + len(data)] = struct.pack("<I", len(data)) + data
+        signal.alarm(MOST_S if i > WARM else COMPILED_S)
         began = time.perf_counter()
         decoded += not decode_hostile(data)
         if i == WARM:
