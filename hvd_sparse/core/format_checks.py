@@ -6,6 +6,7 @@ import numpy as np
 
 from hvd_sparse.core.contracts import Array, Format, PayloadError
 from hvd_sparse.core.formats import is_ours
+from hvd_sparse.core.roles import offers
 from hvd_sparse.kernels.reference import check_finite, check_indices
 
 _TRIED = 100_000  # elements of a gradient with which a format is tried

@@ -1669,7 +1669,8 @@ def test_traffic_counts_what_moves():
         optimizer.zero_grad()
         model(torch.ones(1, 100)).sum().backward()
         optimizer.step()
-    payload, dummy = 32 + 10 * 8, 2 * 4
+    dummy, payload = 2 * 4, payload_bytes(Entries(Float32()), "float32", 1000, 10)
+    assert payload == 32 + 56  # 10 values, 11 bytes of indices, filled up to 8
     traffic = compression.traffic
     assert traffic.sent_bytes == 3 * (payload + dummy)
     assert traffic.received_bytes == 3 * ((hvd.size() - 1) * payload + dummy)
@@ -1685,7 +1686,7 @@ def test_embedded_traffic_counts_what_moves():
     optimizer = wrap(model, compression)
     model(torch.ones(1, 100)).sum().backward()
     optimizer.step()
-    buffer = 4 * (1 + hvd.size() * (1 + (32 + 10 * 8) // 2))
+    buffer = 4 * (1 + hvd.size() * (1 + (32 + 56) // 2))
     assert compression.traffic.sent_bytes == buffer
 
 
