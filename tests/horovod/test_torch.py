@@ -34,7 +34,7 @@ from hvd_sparse import (
     WhenCheaper,
 )
 from hvd_sparse.core.formats import Entries
-from hvd_sparse.core.payload import Header, decode, encode
+from hvd_sparse.core.payload import Header, decode, encode, payload_bytes
 from hvd_sparse.core.values import Float32
 from hvd_sparse.torch import measure
 from hvd_sparse.torch.exchanges import GatheredExchange

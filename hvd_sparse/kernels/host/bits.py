@@ -15,7 +15,7 @@ _BYTE, _LONG = ir.IntType(8), ir.IntType(64)
 
 
 @intrinsic
-def _word_at(typingctx: Any, data: Any, at: Any) -> Any:
+def word_at(typingctx: Any, data: Any, at: Any) -> Any:
     """Eight bytes from this one on, wherever they lie, as a uint64."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -32,7 +32,7 @@ def bits_at(data: Any, at: int, count: int) -> Any:
     """Bits [at, at + count) of (bytes,) uint8 as a uint64; at most 56 of them."""
     first = at >> 3
     if first + 8 <= data.size:
-        word = _word_at(data, first)
+        word = word_at(data, first)
     else:  # near the end: what is behind it belongs to somebody else
         word = np.uint64(0)
         for i in range(first, data.size):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hvd_sparse.kernels.coding import shift, unary_bits
-from hvd_sparse.kernels.host.bits import AT_ONCE, bits_at, set_bits
+from hvd_sparse.kernels.host.bits import AT_ONCE, bits_at, word_at
 from hvd_sparse.kernels.host.jit import jit
 from hvd_sparse.kernels.host.simd import bit_count, lowest_bit
 
@@ -22,23 +22,29 @@ def write_indices(data: Any, indices: Any, n: int) -> None:
     k = indices.size
     low = shift(n, k)
     unary = unary_bits(n, k, low)
-    mask = (1 << low) - 1
     for i in range(k):
-        index = np.int64(indices[i])
-        at = (index >> low) + i
+        at = (np.int64(indices[i]) >> low) + i
         data[at >> 3] |= np.uint8(1 << (at & 7))
-        set_bits(data, unary + i * low, index & mask)
+    _write_low_bits(data, unary, indices, low)
 
 
 @jit
-def _next_one(data: Any, at: int, end: int) -> Any:
-    """The first bit in [at, end) that is set, or -1."""
-    while at < end:
-        word = bits_at(data, at, min(AT_ONCE, end - at))
-        if word:
-            return at + lowest_bit(word)
-        at += AT_ONCE
-    return -1
+def _write_low_bits(data: Any, at: int, indices: Any, low: int) -> None:
+    """From this bit on; what is in its byte before it stays."""
+    if low == 0:
+        return
+    mask = np.uint64((1 << low) - 1)
+    byte, held = at >> 3, at & 7
+    word = np.uint64(data[byte]) if held else np.uint64(0)
+    for i in range(indices.size):
+        word |= (np.uint64(indices[i]) & mask) << np.uint64(held)
+        held += low
+        while held >= 8:
+            data[byte] = np.uint8(word & np.uint64(255))
+            word >>= np.uint64(8)
+            byte, held = byte + 1, held - 8
+    if held:
+        data[byte] = np.uint8(word)
 
 
 @jit
@@ -60,20 +66,26 @@ def read_until(
     Returns:
         How many there were, and the bit from which to look for the next.
     """
-    count = 0
-    while entry + count < k and count < found.size:
-        one = _next_one(data, at, unary)
-        if one < 0:
-            break
-        high = one - entry - count
-        index = high << low
-        if low:
-            index |= np.int64(bits_at(data, unary + (entry + count) * low, low))
-        if index >= stop:
-            break
-        found[count] = index
-        count += 1
-        at = one + 1
+    count, most = 0, min(k - entry, found.size)
+    low_at, mask = unary + entry * low, (np.uint64(1) << np.uint64(low)) - np.uint64(1)
+    inside = 8 * (data.size - 8)  # up to here a whole word can be read at once
+    while count < most and at < unary:
+        word = bits_at(data, at, min(AT_ONCE, unary - at))
+        while word and count < most:  # a one is an entry, a zero the next bucket
+            one = at + lowest_bit(word)
+            if low_at < inside:
+                part = (word_at(data, low_at >> 3) >> np.uint64(low_at & 7)) & mask
+            else:
+                part = bits_at(data, low_at, low)
+            index = (one - entry - count) << low | np.int64(part)
+            if index >= stop:
+                return count, one
+            found[np.uint64(count)] = index
+            word &= word - np.uint64(1)
+            count, low_at = count + 1, low_at + low
+        if word:
+            return count, at + lowest_bit(word)
+        at += AT_ONCE
     return count, at
 
 

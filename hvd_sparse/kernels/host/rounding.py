@@ -17,31 +17,39 @@ from hvd_sparse.kernels.host.simd import from_bits, magnitude_bits
 _DOUBLE = np.empty(0)  # like which `from_bits` makes a float
 _HALF_EXPONENT = 15  # largest magnitudes become 2^14 to 2^15, below the largest half
 _HALF_MOST, _BFLOAT16_MOST = 0x7BFF, 0x7F7F  # patterns of the largest finite ones
+_HALF_LEAST, _BFLOAT16_LEAST = 2.0**-24, 2.0**-133
 
 
 @jit
-def _narrow(value: float, mantissa: int, bias: int, most: int) -> Any:
-    """The pattern of a float of 16 bits next to the value, ties to even, finite."""
+def _narrow(value: float, mantissa: int, bias: int, least: float, most: int) -> Any:
+    """The pattern of a float of 16 bits next to the value, ties to even.
+
+    Args:
+        value: finite.
+        mantissa: bits that are written.
+        bias: of the exponent.
+        least: the smallest such float.
+        most: the pattern of the largest that may be made.
+    """
     pattern: Any = np.int64(magnitude_bits(value))
     cut = 52 - mantissa
     if (pattern >> 52) - 1023 + bias >= 1:
         pattern += (1 << (cut - 1)) - 1 + ((pattern >> cut) & 1)
         bits = (pattern >> cut) - ((1023 - bias) << mantissa)
     else:  # subnormal: a multiple of the smallest; adding 2^52 rounds to one
-        scaled = math.ldexp(abs(value), bias - 1 + mantissa)
-        bits = np.int64((scaled + 2.0**52) - 2.0**52)
+        bits = np.int64((abs(value) / least + 2.0**52) - 2.0**52)
     return min(bits, most) | (0x8000 if math.copysign(1.0, value) < 0 else 0)
 
 
 @jit
-def _wide(bits: int, mantissa: int, bias: int) -> Any:
+def _wide(bits: int, mantissa: int, bias: int, least: float) -> Any:
     """The value of such a pattern, as float64, where it is finite whatever it is."""
     magnitude = bits & 0x7FFF
     if magnitude >> mantissa:
         shifted = (magnitude << (52 - mantissa)) + ((1023 - bias) << 52)
         value = from_bits(np.uint64(shifted), _DOUBLE)
     else:
-        value = math.ldexp(np.float64(magnitude), 1 - bias - mantissa)
+        value = magnitude * least
     return -value if bits & 0x8000 else value
 
 
@@ -60,11 +68,10 @@ def _take16(data: Any, at: int) -> Any:
 
 
 @jit
-def _half_value(bits: int, exponent: int) -> Any:
-    """half * 2^exponent: in two factors, since one may be out of range."""
+def _two_factors(exponent: int) -> Any:
+    """2^exponent as a product, since it may be out of range itself."""
     first = exponent // 2
-    scaled = _wide(bits, 10, 15) * math.ldexp(1.0, first)
-    return scaled * math.ldexp(1.0, exponent - first)
+    return math.ldexp(1.0, first), math.ldexp(1.0, exponent - first)
 
 
 @jit
@@ -74,36 +81,41 @@ def _write_halves(data: Any, values: Any, sent: Any) -> None:
         largest = max(largest, abs(np.float64(value)))
     exponent = math.frexp(largest)[1] - _HALF_EXPONENT if largest else 0
     _put16(data, 0, exponent)
-    first = exponent // 2
-    one, other = math.ldexp(1.0, -first), math.ldexp(1.0, first - exponent)
+    one, other = _two_factors(-exponent)
+    back, again = _two_factors(exponent)
     for i in range(values.size):
-        bits = _narrow(np.float64(values[i]) * one * other, 10, 15, _HALF_MOST)
-        sent[i] = _half_value(bits, exponent)
+        scaled = np.float64(values[i]) * one * other
+        bits = _narrow(scaled, 10, 15, _HALF_LEAST, _HALF_MOST)
+        sent[i] = _wide(bits, 10, 15, _HALF_LEAST) * back * again
         if not math.isfinite(sent[i]):  # it was rounded up to what has no float
             bits -= 1
-            sent[i] = _half_value(bits, exponent)
+            sent[i] = _wide(bits, 10, 15, _HALF_LEAST) * back * again
         _put16(data, 2 + 2 * i, bits)
 
 
 @jit
 def _read_halves(data: Any, first: int, values: Any) -> None:
     exponent = np.int64(np.int16(np.uint16(_take16(data, 0))))
+    back, again = _two_factors(exponent)
     for i in range(values.size):
-        values[i] = _half_value(_take16(data, 2 + 2 * (first + i)), exponent)
+        half = _wide(_take16(data, 2 + 2 * (first + i)), 10, 15, _HALF_LEAST)
+        values[i] = half * back * again
 
 
 @jit
 def _write_bfloat16(data: Any, values: Any, sent: Any) -> None:
     for i in range(values.size):
-        bits = _narrow(np.float64(values[i]), 7, 127, _BFLOAT16_MOST)
+        value = np.float64(values[i])
+        bits = _narrow(value, 7, 127, _BFLOAT16_LEAST, _BFLOAT16_MOST)
         _put16(data, 2 * i, bits)
-        sent[i] = _wide(bits, 7, 127)
+        sent[i] = _wide(bits, 7, 127, _BFLOAT16_LEAST)
 
 
 @jit
 def _read_bfloat16(data: Any, first: int, values: Any) -> None:
     for i in range(values.size):
-        values[i] = _wide(_take16(data, 2 * (first + i)), 7, 127)
+        bits = _take16(data, 2 * (first + i))
+        values[i] = _wide(bits, 7, 127, _BFLOAT16_LEAST)
 
 
 # ------------------------------------------------------------------- integers
@@ -158,20 +170,25 @@ def _write_integers(data: Any, kind: int, values: Any, sent: Any) -> None:
                 if not math.isfinite(sent[i]):
                     whole -= 1 if whole > 0 else -1
                     sent[i] = whole * step
-            set_bits(data, 8 * start + bits * i, whole & ((1 << bits) - 1))
+            pattern = whole & ((1 << bits) - 1)
+            data[start + (bits * i >> 3)] |= np.uint8(pattern << (bits * i & 7))
 
 
 @jit
 def _read_integers(data: Any, kind: int, k: int, first: int, values: Any) -> None:
     bits, size = integer_bits(kind), values.itemsize // 2
     start = -(-k // CHUNK) * size
-    for i in range(values.size):
-        entry = first + i
+    entry, stop = first, first + values.size
+    while entry < stop:
         upper = bits_at(data, 8 * size * (entry // CHUNK), 8 * size)
         step = np.float64(_of_upper(upper, values))
-        whole = np.int64(bits_at(data, 8 * start + bits * entry, bits))
-        whole -= (whole >> (bits - 1)) << bits
-        values[i] = whole * step
+        end = min(stop, (entry // CHUNK + 1) * CHUNK)
+        for i in range(entry, end):
+            byte = start + (bits * i >> 3)
+            whole = np.int64(data[byte]) >> (bits * i & 7) & ((1 << bits) - 1)
+            whole -= (whole >> (bits - 1)) << bits
+            values[i - first] = whole * step
+        entry = end
 
 
 # ---------------------------------------------------------------------- signs
