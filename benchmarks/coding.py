@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/coding.py [--quick]
 
 A rank writes its own entries and sums up those of two ranks, the largest of normal
-numbers. Told is how much longer that takes than with raw int32 and float32, as a multiple
-of torch.add_: medians of interleaved runs.
+numbers. Told is how much longer that takes than with raw int32 and float32, as a
+multiple of torch.add_: medians of interleaved runs.
 """
 
 import argparse

@@ -13,6 +13,8 @@ import argparse
 from rich.console import Console
 from rich.table import Table
 
+from hvd_sparse import Float16, Float32
+from hvd_sparse.core.formats import Entries
 from hvd_sparse.core.rings import (
     Link,
     allgather,
@@ -35,7 +37,7 @@ def methods(ranks, n):
         "fp16": dense_allreduce(ranks, n, itemsize=2),
     }
     for density in DENSITIES:
-        found[f"{density:.1%}"] = allgather(ranks, elements(density, n))
+        found[f"{density:.1%}"] = allgather(ranks, elements(density, n), n=n)
     for density in DENSITIES:
         split = split_allreduce(ranks, n, elements(density, n))
         found[f"sparse allreduce, {density:.1%}"] = split
@@ -63,11 +65,15 @@ def show(console, n, latency_s):
     console.print(table)
     for density in DENSITIES:
         k = elements(density, n)
-        console.print(
-            f"{density:.1%}: fewer bytes than dense up to {most_ranks(n, k)} ranks, "
-            f"than fp16 up to {most_ranks(n, k, itemsize=2)}",
-            highlight=False,
-        )
+        for values in (Float32(), Float16()):
+            dense, half = (
+                most_ranks(n, k, itemsize=size, form=Entries(values)) for size in (4, 2)
+            )
+            console.print(
+                f"{density:.1%}, {values}: fewer bytes than dense up to {dense} ranks, "
+                f"than fp16 up to {half}",
+                highlight=False,
+            )
 
 
 def plot(file, n, latency_s):

@@ -4,6 +4,8 @@ import math
 import subprocess
 import sys
 from collections.abc import Mapping
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +37,10 @@ from hvd_sparse import (
     WhenCheaper,
 )
 from hvd_sparse.core.traffic import Traffic
+from hvd_sparse.core.values import Values
 from hvd_sparse.forecast import TrafficPlan
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 # a convolution, biases, what goes dense on many ranks, a scalar, and nothing
 SHAPES = {
@@ -378,3 +383,27 @@ def test_a_format_is_told_by_its_parts(
 ) -> None:
     (row,) = hvd_sparse.plan({"w": (10_000,)}, sparsifier, **options).rows
     assert row.format == text
+
+
+@pytest.mark.parametrize(
+    ("values", "times"),
+    [(Float32(), 700), (Float16(), 1120), (BFloat16(), 1120), (Sign(), 2300)],
+    ids=repr,
+)
+def test_resnet_50_takes_three_orders_of_magnitude_less(
+    values: Values, times: int
+) -> None:
+    planned = hvd_sparse.plan(resnet_50(), TopK(0.001), values=values)
+    assert planned.compression_ratio >= times
+    assert planned.overhead_bytes <= 64 + len(planned.rows)
+
+
+def resnet_50() -> list[tuple[int, ...]]:
+    """Shapes of its 161 parameters, as benchmarks/resnet50.py has them."""
+    spec = spec_from_file_location("resnet50", BENCHMARKS / "resnet50.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    shapes: list[tuple[int, ...]] = module.shapes()
+    return shapes

@@ -100,10 +100,10 @@ def split_allreduce(ranks: int, n: int, k: int, *, dtype: str = "float32") -> Tr
     return Transfer(2 * (ranks - 1), share * (_PLAIN.bytes(k, dtype, n) + sums))
 
 
-def most_ranks(n: int, k: int, *, itemsize: int = 4) -> int:
+def most_ranks(n: int, k: int, *, itemsize: int = 4, form: Format = _PLAIN) -> int:
     """The largest number of ranks for which an allgather sends less than a dense ring.
 
     From (P - 1) payload < 2 (P - 1) n itemsize / P; what `WhenCheaper` decides by.
     """
-    payload: int = payload_bytes(_PLAIN, "float32", n, k)
+    payload: int = payload_bytes(form, "float32", n, k)
     return (2 * n * itemsize - 1) // payload
