@@ -203,7 +203,7 @@ def test_indices_that_are_damaged_are_refused(byte: int, kernels: Kernels) -> No
     coded, _ = written(Entries(Float32()), indices, values, 1000)
     coded.indices[:] = byte
     out = kernels.array(np.empty(1000, np.float32))
-    with pytest.raises(ValueError, match=r"indices must ascend in \[0, 1000\), \d+"):
+    with pytest.raises(ValueError, match=r"indices must ascend in \[0, 1000\)"):
         kernels.module.aggregate_coded(out, [coded], 1.0)
 
 

@@ -29,7 +29,7 @@ pytestmark = [
         "SignTopK(density=0.001)",
         "Stochastic(expected_density=0.001)",
         "CAT(hvd_sparse.TopK(), hvd_sparse.Affine(1.0, 1e4))",
-        "CAT(hvd_sparse.SignTopK(), hvd_sparse.Affine(1.0, 1e4))",
+        "CAT(hvd_sparse.SignTopK(), hvd_sparse.Affine(1.0, 1e3))",
     ],
 )
 def test_a_warm_step_makes_no_dense_temporary(sparsifier: str, ranks: int) -> None:

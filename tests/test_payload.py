@@ -35,7 +35,11 @@ HEADERS = st.builds(
 
 def selected(header: Header, nonfinite: int = 0) -> Selection:
     rng = np.random.default_rng(header.k)
-    indices = np.sort(rng.choice(header.n, header.k)) if header.n < 2**20 else None
+    indices = (
+        np.sort(rng.choice(header.n, header.k, replace=False))
+        if header.n < 2**20
+        else None
+    )
     if indices is None:
         indices = header.n - np.arange(header.k, 0, -1)
     wide = np.float64 if header.dtype == "float64" else np.float32
