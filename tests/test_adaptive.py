@@ -1,7 +1,7 @@
 """CAT: the lemmas of its source, what it chooses, and how far it is exact."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -389,3 +389,51 @@ def test_nothing_to_send_and_nothing_but_zeros(kernels: Kernels, scheme: Any) ->
         assert out.size == n
         assert not out.any()
         assert ranks.sent[0].indices.size <= min(n, 1) + 4
+
+
+class Mine(CAT):
+    """Made of other arguments than CAT is."""
+
+    def __init__(self) -> None:
+        super().__init__(TopK(0.1), AFFINE)
+
+
+class Remembered(NamedTuple):
+    """A cost of an earlier release, which knew formats by their numbers."""
+
+    name: str = "by number"
+
+    def of(self, sizes: Any, message: Message) -> Any:
+        return sizes * {1: 8.0, 2: 4.0, 3: 4.0}[message.layout] + 100
+
+    def filled(self, sizes: Any, message: Message) -> Any:
+        del message
+        return sizes
+
+
+@pytest.mark.parametrize(
+    "cat",
+    [
+        Mine(),
+        CAT(TopK(), Remembered()),
+        CAT(SignTopK(), Remembered()),
+        CAT(Stochastic(), Remembered()),
+    ],
+    ids=repr,
+)
+def test_what_was_made_for_earlier_releases_still_chooses(cat: Any) -> None:
+    ranks = Ranks(2, cat)
+    ranks.step([np.arange(1, 301, dtype=np.float32)] * 2)
+    assert ranks.paths[0].traffic.tensors["w"].sent_elements > 0
+
+
+def test_a_sample_does_not_follow_the_rows_of_a_layer() -> None:
+    """Of 4,096 inputs the first 16 are always 0, as at the rim of images."""
+    gradient = np.random.default_rng(0).standard_normal((1000, 4096)).astype(np.float32)
+    gradient[:, :16] = 0
+    cost = Affine(per_byte=1.0, per_message=100_000.0)
+    fast, exact = Ranks(1, CAT(TopK(), cost)), Ranks(1, ExactCAT(TopK(), cost))
+    for ranks in (fast, exact):
+        ranks.step([gradient])
+    found, best = (r.paths[0].traffic.tensors["w"].sent_elements for r in (fast, exact))
+    assert 0.8 * best < found < 1.25 * best

@@ -407,3 +407,8 @@ def resnet_50() -> list[tuple[int, ...]]:
     spec.loader.exec_module(module)
     shapes: list[tuple[int, ...]] = module.shapes()
     return shapes
+
+
+def test_elements_are_counted_without_end() -> None:
+    with pytest.raises(ValueError, match=r"at most 2\*\*31 - 1 elements"):
+        hvd_sparse.plan({"a": (2**40, 2**40)}, TopK(0.01))

@@ -21,8 +21,10 @@ from laws import (
 
 from hvd_sparse import (
     CAT,
+    BFloat16,
     EliasFano,
     Float32,
+    Int8,
     Never,
     PayloadError,
     RandomK,
@@ -36,6 +38,7 @@ from hvd_sparse import (
 )
 from hvd_sparse.core.formats import Entries
 from hvd_sparse.core.indices import KnownIndices
+from hvd_sparse.core.memory import ErrorFeedback
 from hvd_sparse.core.path import GradientPath
 
 RANKS = 3
@@ -354,3 +357,73 @@ def test_a_scale_is_the_mean_magnitude() -> None:
     sent = form.write(out, np.arange(4, dtype=np.int32), values, N)
     assert sent.tolist() == [2.5, -2.5, 2.5, -2.5]
     assert math.isclose(np.abs(sent - values).sum(), 0.5 + 1.5 + 2.5 + 3.5)
+
+
+class Larger(Float32):
+    """Made from one of ours, which its numbers are not."""
+
+    layout = 200
+
+    def bytes(self, k: Any, dtype: str) -> Any:
+        return 9 * k
+
+
+@dataclass(frozen=True)
+class Other(Entries):
+    """The same of both, by its own hand."""
+
+    def write(self, out: Any, indices: Any, values: Any, n: int) -> Any:
+        return super().write(out, indices, 2 * values, n)
+
+
+def test_what_inherits_from_a_format_of_ours_is_never_taken_for_it() -> None:
+    [exchange] = loopback(1)
+    with pytest.raises(
+        TypeError, match=r"^values must be a format of hvd_sparse itself"
+    ):
+        GradientPath(TopK(0.1), exchange, values=Larger())
+    with pytest.raises(ValueError, match="layout must be an int of at least 128"):
+        GradientPath(TopK(0.1), exchange, values=Other(Float32()))
+
+
+class Handing:
+    """A memory that hands on what it has not to the one inside."""
+
+    def __init__(self) -> None:
+        self.inner = ErrorFeedback()
+        self.kept: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+class Counting(Handing):
+    """The same, but for what rounding takes."""
+
+    def keep(self, name: str, indices: Any, rest: Any) -> None:
+        self.kept.append(name)
+        self.inner.keep(name, indices, rest)
+
+
+@pytest.mark.parametrize("values", [None, Float32(), Sign(), Int8()], ids=repr)
+@pytest.mark.parametrize("kind", [Handing, Counting])
+def test_a_memory_of_ones_own_is_asked_to_keep(kind: Any, values: Any) -> None:
+    [exchange] = loopback(1)
+    memory = kind()
+    path = GradientPath(
+        TopK(0.1), exchange, dense=Never(), values=values, memory=memory
+    )
+    given = {name: gradients("float32", seed)[0] for seed, name in enumerate("ab")}
+    path.receive(path.send(given), [np.empty(N, np.float32) for _ in given])
+    rounds = values in (Sign(), Int8())
+    assert memory.kept == (["a", "b"] if kind is Counting and rounds else [])
+
+
+def test_what_is_far_beyond_the_range_of_a_format_stays() -> None:
+    values = np.array([1e300, -1e60, 1e52, 3e38, 1.0])
+    form = Entries(BFloat16())
+    out = np.empty(form.bytes(5, "float64", N), np.uint8)
+    sent = form.write(out, np.arange(5, dtype=np.int32), values, N)
+    assert (values - sent + sent == values).all()
+    assert sent[:2].tolist() == [0, 0]
+    assert sent[3] == pytest.approx(3e38, rel=2**-8)

@@ -10,7 +10,6 @@ from laws import SIZES, Kind, Ranks, kinds, shares
 from hvd_sparse import TopK, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
 
-
 LARGE = 32 + 512  # bytes of 100 of 10,000: 400 of values, 107 of indices, up to 8
 
 

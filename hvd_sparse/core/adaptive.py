@@ -10,7 +10,7 @@ what their payload costs (`hvd_sparse.core.costs`).
 How this costs about as much as a fixed T: selection by magnitude needs no norm of the
 whole gradient, which divides all efficiencies alike. So a third more than last time are
 selected, in the one pass that TopK takes. Efficiencies are worked out from them and
-from the others, of which a large gradient's are sampled, 1 in 256. If the best T is
+from the others, of which a large gradient's are sampled, 1 in 257. If the best T is
 among those looked at, what is beyond it returns to the residual; if not, a tenth more
 than T are looked at.
 
@@ -21,6 +21,7 @@ few elements, all of one size, T is where the magnitudes fall instead.
 """
 
 import math
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -56,7 +57,7 @@ from hvd_sparse.kernels import kernels_for
 _FARTHER = 1.3  # one size of the grid more than last time, and a little
 _BEYOND = 1.1  # of what seems best: what is sampled is not known exactly
 _SAMPLED = 1 << 16  # elements, of which all are looked at
-_RUN, _STRIDE = 16, 4096  # of more, so many of so many
+_RUN, _STRIDE = 16, 16 * 257  # of more, so many of so many: no width of a layer
 _AS_GOOD = 0.99  # the share of the best efficiency that a size of the grid must have
 
 Sizes = npt.NDArray[np.int64]
@@ -179,7 +180,9 @@ class CAT(Selecting):
                 "values must be other than Sign(), which CAT(SignTopK(), ...) is made "
                 f"for, with {self!r}"
             )
-        return replace(self, form=form)
+        own = copy(self)  # what inherits may be made of other arguments
+        object.__setattr__(own, "form", form)
+        return own
 
     def for_rank(self, rank: int) -> "CAT":
         """The same, its scheme seeded for this rank where that matters."""

@@ -208,8 +208,8 @@ class Grouped(Protocol):
         Args:
             residuals: (n,) each.
             gradients: (n,) each, of the residuals' dtype.
-            table: (arrays, 3) int64: addresses where to write the indices and the
-                values of each, and its k.
+            table: (arrays, 5) int64: addresses where to write the indices and the
+                values of each, its k, and the two kinds; see `kernels.host.entries`.
 
         Returns:
             Of each, how many sums were not finite.

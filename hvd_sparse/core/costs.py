@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hvd_sparse.core.contracts import Format
-from hvd_sparse.core.formats import is_signs
+from hvd_sparse.core.formats import is_ours, is_signs
 from hvd_sparse.core.payload import most_elements, payload_bytes
+from hvd_sparse.core.values import Float32
 
 Array = npt.NDArray[Any]
 
@@ -41,8 +42,15 @@ class Message(NamedTuple):
 
     @property
     def layout(self) -> int:
-        """3 for signs, else the format's number: as costs of earlier releases knew."""
-        return 3 if is_signs(self.form) else self.form.layout
+        """The format's number; 1, 2 and 3 as costs of earlier releases knew them.
+
+        Floats and indices, floats whose indices every rank knows, signs and indices.
+        """
+        if is_signs(self.form):
+            return 3
+        if is_ours(self.form) and self.form.values == Float32():
+            return 1 if self.form.indices.layout else 2
+        return self.form.layout
 
 
 class Cost(Protocol):

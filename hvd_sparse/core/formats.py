@@ -7,7 +7,7 @@ An entry is an index and a value: `values=` of an integration chooses how values
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,8 @@ from hvd_sparse.core.indices import (
     RawIndices,
     low_bits,
 )
-from hvd_sparse.core.values import Float32, Sign, Values, float_bytes
+from hvd_sparse.core.roles import offers
+from hvd_sparse.core.values import OURS, Float32, Sign, Values, float_bytes
 from hvd_sparse.kernels import coding, host
 from hvd_sparse.kernels.coding import Coded
 
@@ -29,6 +30,7 @@ Bytes = npt.NDArray[np.uint8]
 _INDEX: Any = np.dtype("<i4")
 _FLOATS: dict[int, Any] = {4: np.dtype("<f4"), 8: np.dtype("<f8")}
 _MANY = 1 << 12  # entries: of all scales there are whole numbers
+_SMALL = 1 << 14  # elements of a gradient for which all sizes are remembered
 _OFF = 80  # entries that fit into 9 bytes, at most
 _FIRST = {(1, 1): 1, (1, 0): 2}  # the numbers that the oldest formats have
 
@@ -63,7 +65,7 @@ class Entries:
     """
 
     values: Values
-    indices: Indices = EliasFano()  # noqa: RUF009  # frozen: one instance serves all
+    indices: Indices | KnownIndices = EliasFano()  # noqa: RUF009  # frozen: one instance serves all
 
     @property
     def layout(self) -> int:
@@ -87,6 +89,10 @@ class Entries:
     def most(self, size: Any, dtype: str, n: int) -> Any:
         """The most entries that size bytes have room for; -1 if not even 0."""
         sizes = np.atleast_1d(np.asarray(size, np.int64))
+        if n <= _SMALL and sizes.size > 1:
+            most = np.searchsorted(_table(self, dtype, n), sizes, side="right") - 1
+            if most.max() < n:
+                return most
         low, high = np.full_like(sizes, -1), 8 * np.maximum(sizes, 0) + 1
         about = self._about(sizes, dtype, n)
         tried = iter((about - _OFF, about + _OFF))  # it is most often between these
@@ -127,10 +133,14 @@ class Entries:
 
     def write(self, out: Bytes, indices: Array, values: Array, n: int) -> Array:
         """Overwrites out; returns the values a receiver will read, (k,)."""
-        k, dtype = values.shape[0], str(values.dtype)
+        k, dtype = values.shape[0], values.dtype.name
         given = indices if self.indices.layout else indices[:0]
         out[self.values.bytes(k, dtype) :][:4] = 0  # what may lie before indices
-        return host.encode(self.coded(out, k, dtype, n), given, values, n)
+        coded = self.coded(out, k, dtype, n)
+        if coded.index_kind == coding.RAW and coded.value_kind == coding.FLOAT:
+            coded.indices[...], coded.values[...] = given, values
+            return values
+        return host.encode(coded, given, values, n)
 
     def read(self, data: Bytes, k: int, dtype: str, n: int) -> tuple[Array, Array]:
         """(k,) indices, none if every rank knows them, and (k,) values.
@@ -152,6 +162,12 @@ class Entries:
     def without_indices(self) -> "Entries":
         """The same where every rank knows them."""
         return Entries(self.values, KnownIndices())
+
+
+@lru_cache(maxsize=64)
+def _table(form: Entries, dtype: str, n: int) -> Any:
+    """Bytes of each number of entries up to n."""
+    return np.asarray(form.bytes(np.arange(n + 1), dtype, n))
 
 
 @lru_cache(maxsize=1 << 14)
@@ -178,8 +194,14 @@ def joined(values: Values | Format | None, indices: Indices | None) -> Format:
     """
     if indices is not None and not isinstance(indices, EliasFano | RawIndices):
         raise TypeError(f"indices must be EliasFano() or RawIndices(), got {indices!r}")
-    if values is None or isinstance(values, Values):
+    if values is None or type(values) in OURS:
+        assert values is None or isinstance(values, Values)
         return Entries(values or Float32(), indices or EliasFano())
+    if isinstance(values, Values) and not offers(values, Format):
+        raise TypeError(
+            "values must be a format of hvd_sparse itself, or have all methods of a "
+            f"Format, got {values!r}"
+        )
     if indices is not None:
         raise ValueError(
             f"indices must be left out with values={values!r}: it has its own"
@@ -189,9 +211,12 @@ def joined(values: Values | Format | None, indices: Indices | None) -> Format:
 
 def is_signs(form: Format) -> bool:
     """Whether its values are signs of one scale."""
-    return isinstance(form, Entries) and form.values == Sign()
+    return is_ours(form) and form.values == Sign()
 
 
-def is_ours(form: Format) -> bool:
-    """Whether tests prove what it reads, so that it is not checked again."""
+def is_ours(form: Format) -> TypeGuard[Entries]:
+    """Whether tests prove what it reads, so that it is not checked again.
+
+    Not what inherits from it: that may write and read as it likes.
+    """
     return type(form) is Entries

@@ -64,7 +64,9 @@ class Fused:
         if wrong >= 0:
             tensor = flights[wrong].tensor
             name, n = tensor.name, tensor.header.n
-            raise PayloadError(f"{name}: indices must ascend in [0, {n})")
+            raise PayloadError(
+                f"{name}: indices must ascend in [0, {n}), and values be finite"
+            )
 
     def _room(self, flights: Iterable[Flight]) -> "_Room":
         """Most often the same tensors are selected together in every step."""

@@ -57,7 +57,7 @@ class KnownIndices:
         return 0 * k
 
 
-Indices = EliasFano | RawIndices | KnownIndices
+Indices = EliasFano | RawIndices  # that a user chooses from
 
 _one = lru_cache(maxsize=1 << 14)(lambda k, n: coding.elias_fano_bytes(n, k))
 

@@ -5,6 +5,8 @@ takes, so there is no separate buffer for the sum. It is float32 for 16-bit and 
 gradients and float64 for float64 ones, whatever the gradient's dtype.
 """
 
+from types import MethodType
+
 from hvd_sparse.core.contracts import Array, Correcting, Memory
 from hvd_sparse.core.roles import offers
 from hvd_sparse.kernels import kernels_for
@@ -65,8 +67,8 @@ class Kept:
     @property
     def adds_rests(self) -> bool:
         """Whether what rounding takes is added to the residual, and nothing else."""
-        keep: object = type(self.memory).keep
-        return keep is ErrorFeedback.keep
+        keep = self.memory.keep  # of a part that hands it on, or is changed, another
+        return isinstance(keep, MethodType) and keep.__func__ is ErrorFeedback.keep
 
     @property
     def is_corrected(self) -> bool:

@@ -68,7 +68,7 @@ class Outbound:
         tensor = flight.tensor
         small = tensor.header.n <= _CACHED or tensor.name not in in_place
         joins = tensor.grouped and small and is_flat(gradient)
-        return joins and (self._kept.adds_rests or not tensor.rounds)
+        return joins and (not tensor.rounds or self._kept.adds_rests)
 
     def _select_group(self, group: Sequence[Pair]) -> None:
         """Many small ones; raises when each is in its residual."""

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from hvd_sparse.core.contracts import Array, Format, PayloadError, Selection
 from hvd_sparse.core.format_checks import check_entries, read_entries
-from hvd_sparse.core.formats import Entries
+from hvd_sparse.core.formats import is_ours
 from hvd_sparse.kernels.coding import Coded, plain
 
 Bytes = npt.NDArray[np.uint8]
@@ -167,7 +167,7 @@ def as_coded(payload: Payload, *, indexed: bool = False) -> Coded:
     """
     header, k = payload.header, payload.k
     form = header.form
-    if isinstance(form, Entries):
+    if is_ours(form):
         return form.coded(payload.entries, k, header.dtype, header.n)
     selection = decode(payload, indexed=indexed)
     return plain(selection.indices, selection.values)._replace(k=k)

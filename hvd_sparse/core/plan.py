@@ -5,6 +5,7 @@ the configuration and from the number of ranks. A peer that decided otherwise ha
 another digest, and is found out before its data is used.
 """
 
+import math
 import sys
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -31,7 +32,7 @@ from hvd_sparse.core.contracts import (
 )
 from hvd_sparse.core.flight import Tensor
 from hvd_sparse.core.format_checks import check_format
-from hvd_sparse.core.formats import Entries, is_ours
+from hvd_sparse.core.formats import is_ours
 from hvd_sparse.core.indices import Indices, KnownIndices, RawIndices
 from hvd_sparse.core.payload import DTYPES, MOST_ELEMENTS, Header
 from hvd_sparse.core.roles import offers
@@ -162,7 +163,7 @@ class Plan:
             trusted=trusted,
             plain=plain,
             grouped=plain and trusted and offers(sparsifier, Grouped),
-            rounds=not isinstance(form, Entries) or form.values != Float32(),
+            rounds=not is_ours(form) or form.values != Float32(),
             scheduled=offers(sparsifier, Scheduled) and not (dense or varies),
             chosen=chosen,
         )
@@ -278,7 +279,7 @@ def _for_format(sparsifier: Sparsifier, form: Format) -> Sparsifier:
 
 def _is_grouped(form: Format) -> bool:
     """Whether kernels write and read it, indices and all."""
-    return isinstance(form, Entries) and form.indices != KnownIndices()
+    return is_ours(form) and form.indices != KnownIndices()
 
 
 def _is_proved(sparsifier: Sparsifier) -> TypeGuard[Proved]:
@@ -296,4 +297,4 @@ def dtype_of(array: Array) -> str:
 
 
 def _size(gradient: Array) -> int:
-    return int(np.prod(gradient.shape, dtype=np.int64))
+    return math.prod(gradient.shape)

@@ -30,6 +30,7 @@ from hvd_sparse.core.levels import Levels
 from hvd_sparse.core.roles import offers
 from hvd_sparse.core.values import Sign, Values
 from hvd_sparse.kernels import host, kernels_for
+from hvd_sparse.kernels.contract import NothingAddedError
 
 _Kind = TypeVar("_Kind")
 _ROUNDING = 1e-12  # of sums in float64: k equal magnitudes reach their norm at sqrt(k)
@@ -165,8 +166,8 @@ class TopK(Selecting):
 class SignTopK(TopK):
     """TopK with `values=Sign()`: the largest elements as one scale and signs (S+Q).
 
-    sent = (sum_S |c| / k) * sign(c_S), S = TopK(r + g): half the bytes of TopK for each
-    element. The scale is the one that leaves the smallest residual in the 2-norm:
+    sent = (sum_S |c| / k) * sign(c_S), S = TopK(r + g): a bit for each value, and one
+    scale. The scale is the one that leaves the smallest residual in the 2-norm:
     |c - sent|^2 = |c|^2 - (sum_S |c|)^2 / k. What rounding to it takes away stays in
     the residual, which stays bounded.
 
@@ -238,8 +239,8 @@ class SignsUntilNorm(Selecting):
 class RandomK(Selecting):
     """k = density * n elements drawn at random, the same on every rank.
 
-    Every rank draws the same indices from (seed, name, step), so only values travel:
-    half the bytes of TopK at the same k. Stich et al., Sparsified SGD with Memory,
+    Every rank draws the same indices from (seed, name, step), so only values travel,
+    and no indices. Stich et al., Sparsified SGD with Memory,
     2018, arXiv:1809.07599, rand-k with memory: values are sent as they are, not scaled
     by n / k; what is not drawn waits in the residual. torch's, numpy's and Python's
     generators are untouched.
@@ -273,7 +274,10 @@ class RandomK(Selecting):
     def choose(self, asked: Request) -> Selection:
         """Overwrites residual with residual + gradient, the entries drawn 0."""
         residual, gradient, k, step, out = asked
-        indices = self.indices(residual.shape[0], k, step)
+        try:
+            indices = self.indices(residual.shape[0], k, step)
+        except MemoryError as error:
+            raise NothingAddedError from error
         kernels = kernels_for(residual)
         return Selection(*kernels.select_at(residual, gradient, indices, out))
 

@@ -74,8 +74,8 @@ class Float16(Values):
 class BFloat16(Values):
     """The upper halves of float32 values, rounded to 8 significant bits, ties to even.
 
-    An error is at most 2^-8 of a value. What is beyond the range of float32, in a
-    float64 gradient, becomes the largest there is.
+    An error is at most 2^-8 of a value. In a float64 gradient, what is beyond the range
+    of float32 becomes the largest there is, and from 2^173 on 0: it stays.
     """
 
     layout: ClassVar = coding.BFLOAT16
@@ -125,3 +125,6 @@ class Sign(Values):
     """
 
     layout: ClassVar = coding.SIGN
+
+
+OURS = (Float32, Float16, BFloat16, Int8, Int4, Int2, Sign)

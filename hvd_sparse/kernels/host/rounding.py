@@ -107,8 +107,10 @@ def _write_bfloat16(data: Any, values: Any, sent: Any) -> None:
     for i in range(values.size):
         value = np.float64(values[i])
         bits = _narrow(value, 7, 127, _BFLOAT16_LEAST, _BFLOAT16_MOST)
-        _put16(data, 2 * i, bits)
         sent[i] = _wide(bits, 7, 127, _BFLOAT16_LEAST)
+        if values[i] - (values[i] - sent[i]) != sent[i]:  # far beyond: it would be lost
+            bits, sent[i] = 0, 0
+        _put16(data, 2 * i, bits)
 
 
 @jit
