@@ -90,8 +90,9 @@ class Entries:
         """The most entries that size bytes have room for; -1 if not even 0."""
         sizes = np.atleast_1d(np.asarray(size, np.int64))
         if n <= _SMALL and sizes.size > 1:
-            most = np.searchsorted(_table(self, dtype, n), sizes, side="right") - 1
-            if most.max() < n:
+            table = _table(self, dtype, n)
+            most = np.searchsorted(table, sizes, side="right") - 1
+            if most.max() < table.size - 1:
                 return most
         low, high = np.full_like(sizes, -1), 8 * np.maximum(sizes, 0) + 1
         about = self._about(sizes, dtype, n)
@@ -166,8 +167,8 @@ class Entries:
 
 @lru_cache(maxsize=64)
 def _table(form: Entries, dtype: str, n: int) -> Any:
-    """Bytes of each number of entries up to n."""
-    return np.asarray(form.bytes(np.arange(n + 1), dtype, n))
+    """Bytes of each number of entries up to n, and of a few more."""
+    return np.asarray(form.bytes(np.arange(n + _OFF), dtype, n))
 
 
 @lru_cache(maxsize=1 << 14)
