@@ -1,6 +1,6 @@
 """Does sparse training end where dense training ends?
 
-mpirun -np 2 python benchmarks/fidelity.py [--json FILE] [--quick]
+mpirun -np 2 python benchmarks/fidelity.py [--json FILE] [--quick] [--formats]
 
 Trains the language model with five optimizers and the digits, on the ranks it is given,
 with several seeds: dense; alone, which is one rank's share of each batch and no
@@ -11,6 +11,9 @@ Two gaps are shown: against dense training with the same optimizer, and against 
 dense row of its family, with the standard error over seeds. Learning rates are tuned
 for dense only: ``--tune`` runs the grids below. Rows that are in FILE already are not
 trained again. Exits with 1 when a gap is larger than its limit.
+
+``--formats`` trains the language model with Adam without beta1 alone, at 1 % and 0.1 %,
+in each format of values; the first gap is then to Float32 at the same density.
 """
 
 import sys
@@ -27,6 +30,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch_digits as digits
@@ -36,13 +40,50 @@ from mpi4py import MPI
 import hvd_sparse
 
 ALONE = "alone"
+
+
+class Column(NamedTuple):
+    """A way to exchange.
+
+    Attributes:
+        sparsifier: None for dense, and for no exchange at all.
+        values: how they travel.
+        against: the column that the first gap is to.
+    """
+
+    sparsifier: hvd_sparse.Sparsifier | None = None
+    values: object = None
+    against: str = "dense"
+
+
 COLUMNS = {
-    "dense": None,
-    ALONE: None,
-    "1 %": hvd_sparse.TopK(density=0.01),
-    "1 % signs": hvd_sparse.SignTopK(density=0.01),
-    "0.1 %": hvd_sparse.TopK(density=0.001),
+    "dense": Column(),
+    ALONE: Column(),
+    "1 %": Column(hvd_sparse.TopK(density=0.01)),
+    "1 % signs": Column(hvd_sparse.SignTopK(density=0.01)),
+    "0.1 %": Column(hvd_sparse.TopK(density=0.001)),
 }
+VALUES = (
+    hvd_sparse.Float32(),
+    hvd_sparse.Float16(),
+    hvd_sparse.BFloat16(),
+    hvd_sparse.Int8(),
+    hvd_sparse.Int4(),
+    hvd_sparse.Int2(),
+    hvd_sparse.Sign(),
+)
+FORMATS = {
+    "dense": Column(),
+    ALONE: Column(),
+    **{
+        f"{density:.1%} {type(values).__name__}": Column(
+            hvd_sparse.TopK(density), values, against=f"{density:.1%} Float32"
+        )
+        for density in (0.01, 0.001)
+        for values in VALUES
+    },
+}
+EVERY = {**COLUMNS, **FORMATS}
 KEY = ("model", "column", "seed", "settings")  # of a row that is kept
 SEEDS = range(3)
 DIGITS_SEEDS = range(20)  # 0.1 % varies by more than half a point from seed to seed
@@ -113,8 +154,9 @@ def language_loss(text, comm, build, settings, column, seed, quick):
     training, validation = text
     ranks, seed = share(comm, column, seed)
     settings = replace(settings, seed=seed, steps=40 if quick else settings.steps)
+    how = EVERY[column]
     model, traffic, seconds = language.train(
-        training, COLUMNS[column], ranks, settings, build=build
+        training, how.sparsifier, ranks, settings, build=build, values=how.values
     )
     loss = language.evaluate(model, validation, ranks)
     return mean_of(comm, loss) if ranks is not comm else loss, traffic, seconds
@@ -125,7 +167,9 @@ def digits_accuracy(splits, comm, column, seed, quick, **changed):
     ranks, seed = share(comm, column, seed)
     settings = replace(digits.Settings(), seed=seed, **changed)
     settings = replace(settings, steps=40 if quick else settings.steps)
-    model, traffic, seconds = digits.train(splits[0], COLUMNS[column], ranks, settings)
+    model, traffic, seconds = digits.train(
+        splits[0], EVERY[column].sparsifier, ranks, settings
+    )
     accuracy = digits.accuracy(model, splits[1])
     return mean_of(comm, accuracy) if ranks is not comm else accuracy, traffic, seconds
 
@@ -237,28 +281,30 @@ def best_dense(results: Results, family: list[Model], seeds) -> list[dict]:
     return min(rows, key=order)
 
 
-def measure(comm, results: Results, quick: bool, say) -> bool:
+def measure(comm, results: Results, columns, quick: bool, say) -> bool:
     """All rows, each told when it is known; returns whether a gap is too large."""
     every = list(models(comm))
     say(
-        f"{'':<22} {'column':<9} {'value':>8} {'+-':>6} {'own gap':>8} {'limit':>6} "
+        f"{'':<22} {'column':<13} {'value':>8} {'+-':>6} {'own gap':>8} "
+        f"{'+-':>6} {'limit':>6} "
         f"{'best gap':>8} {'+-':>6} {'bytes':>9} {'s / step':>8}"
     )
     fails = False
-    for model in every:
+    for model in every[:1] if columns is FORMATS else every:
         seeds = model.seeds[:1] if quick else model.seeds
         family = [other for other in every if other.family == model.family]
         best = best_dense(results, family, seeds)
-        dense = [results.get(model, "dense", seed) for seed in seeds]
-        for column in COLUMNS:
+        for column, how in columns.items():
             rows = [results.get(model, column, seed) for seed in seeds]
-            own, over = gaps(model, rows, dense), gaps(model, rows, best)
+            beside = [results.get(model, how.against, seed) for seed in seeds]
+            own, over = gaps(model, rows, beside), gaps(model, rows, best)
             limit = None if quick else model.limits.get(column)
             failed = limit is not None and not within(limit, own)
             fails |= failed
             say(
-                f"{model.name:<22} {column:<9} {statistics.mean(values(rows)):8.4f} "
+                f"{model.name:<22} {column:<13} {statistics.mean(values(rows)):8.4f} "
                 f"{error_of(values(rows)):6.4f} {statistics.mean(own):+8.1%} "
+                f"{error_of(own):6.1%} "
                 f"{'' if limit is None else f'{limit:.1%}':>6} "
                 f"{statistics.mean(over):+8.1%} {error_of(over):6.1%} "
                 f"{rows[0]['sent_bytes']:9,.0f} "
@@ -289,6 +335,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep rows here")
     parser.add_argument("--quick", action="store_true", help="few steps, no limits")
+    parser.add_argument(
+        "--formats", action="store_true", help="of values, in place of optimizers"
+    )
     parser.add_argument("--tune", action="store_true", help="dense, over the grids")
     args = parser.parse_args()
     comm = MPI.COMM_WORLD
@@ -303,7 +352,8 @@ def main() -> None:
         tune(comm, say)
         return
     results = Results(args.json, comm, args.quick)
-    sys.exit(measure(comm, results, args.quick, say))
+    columns = FORMATS if args.formats else COLUMNS
+    sys.exit(measure(comm, results, columns, args.quick, say))
 
 
 if __name__ == "__main__":

@@ -36,12 +36,16 @@ import hvd_sparse.torch as sparse
 
 STOCK, JUDGED, TARGET = "none", "TopK 0.1 %", 0.35
 GIGABIT = sparse.Affine(per_byte=8e-9, per_message=2e-6)  # seconds, shared by a batch
+RAW = {"indices": sparse.RawIndices()}  # int32 and float32, to compare with
 SPARSIFIERS = {
-    "TopK 1 %": sparse.TopK(0.01),
-    JUDGED: sparse.TopK(0.001),
-    "CAT": sparse.CAT(sparse.TopK(), GIGABIT),
+    "TopK 1 %": (sparse.TopK(0.01), {}),
+    "1 %, int32": (sparse.TopK(0.01), RAW),
+    JUDGED: (sparse.TopK(0.001), {}),
+    "0.1 %, int32": (sparse.TopK(0.001), RAW),
+    "0.1 %, halves": (sparse.TopK(0.001), {"values": sparse.Float16()}),
+    "CAT": (sparse.CAT(sparse.TopK(), GIGABIT), {}),
 }
-FIXED = ("TopK 1 %", JUDGED)
+FIXED = tuple(SPARSIFIERS)[:-1]  # CAT's sizes change from step to step
 COMPRESSIONS = (STOCK, "fp16", *SPARSIFIERS)
 TRACED = 5  # steps of each in the timeline
 
@@ -82,8 +86,9 @@ class Variant:
             for number, parameter in enumerate(gradients.parameters)
         ]
         if compression in SPARSIFIERS:
+            sparsifier, formats = SPARSIFIERS[compression]
             self.compressor = sparse.SparseCompressor(
-                SPARSIFIERS[compression], named_parameters=named
+                sparsifier, named_parameters=named, **formats
             )
         else:
             self.compressor = getattr(hvd.Compression, compression)
@@ -206,7 +211,7 @@ def report(rows, ranks, arguments):
     print(f"{ranks} ranks, {len(resnet50.shapes())} tensors of ResNet-50, each step")
     for row in rows:
         print(
-            f"{row['compression']:10} {row['ms']:7.1f} ms, {row['ratio']:.2f} of stock "
+            f"{row['compression']:13} {row['ms']:7.1f} ms, {row['ratio']:.2f} of stock "
             f"dense, {row['bytes']:11,.0f} bytes sent",
             flush=True,
         )

@@ -121,9 +121,20 @@ def train(
     settings: Settings,
     *,
     build: Callable = adam,
+    values: object = None,
     on_step: Callable[[float, object], None] = lambda loss, traffic: None,
 ) -> tuple[nn.Module, object, float]:
-    """Train a new model; returns it, the traffic and the seconds per step."""
+    """Train a new model; returns it, the traffic and the seconds per step.
+
+    Args:
+        text: from ``read_text``.
+        sparsifier: None for the stock dense allreduce.
+        comm: of the ranks that train together.
+        settings: how to train.
+        build: makes the optimizer.
+        values: how values travel, such as hvd_sparse.Float16().
+        on_step: is told each loss, and the traffic so far.
+    """
     torch.manual_seed(settings.seed)
     model = Transformer()
     optimizer = build(model.parameters(), settings)
@@ -136,7 +147,11 @@ def train(
         sparse.broadcast_parameters(model.state_dict(), root=0, comm=comm)
         # hvd_sparse: wrap the optimizer
         optimizer = sparse.DistributedOptimizer(
-            optimizer, sparsifier, named_parameters=model.named_parameters(), comm=comm
+            optimizer,
+            sparsifier,
+            named_parameters=model.named_parameters(),
+            comm=comm,
+            values=values,
         )
     draws = torch.Generator().manual_seed(settings.seed * comm.size + comm.rank)
     begin = time.perf_counter()
