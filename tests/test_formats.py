@@ -368,6 +368,10 @@ class Larger(Float32):
         return 9 * k
 
 
+class Fewer(EliasFano):
+    """Made from one of ours."""
+
+
 @dataclass(frozen=True)
 class Other(Entries):
     """The same of both, by its own hand."""
@@ -384,6 +388,13 @@ def test_what_inherits_from_a_format_of_ours_is_never_taken_for_it() -> None:
         GradientPath(TopK(0.1), exchange, values=Larger())
     with pytest.raises(ValueError, match="layout must be an int of at least 128"):
         GradientPath(TopK(0.1), exchange, values=Other(Float32()))
+    for parts in ((Larger(),), (Sign(), Fewer())):
+        with pytest.raises(
+            TypeError, match="must be formats of hvd_sparse itself, got"
+        ):
+            Entries(*parts)
+    with pytest.raises(TypeError, match=r"^indices must be EliasFano\(\) or RawInd"):
+        GradientPath(TopK(0.1), exchange, indices=Fewer())
 
 
 class Handing:

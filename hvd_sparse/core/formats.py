@@ -32,6 +32,7 @@ _FLOATS: dict[int, Any] = {4: np.dtype("<f4"), 8: np.dtype("<f8")}
 _MANY = 1 << 12  # entries: of all scales there are whole numbers
 _SMALL = 1 << 14  # elements of a gradient for which all sizes are remembered
 _OFF = 80  # entries that fit into 9 bytes, at most
+_INDICES = (EliasFano, RawIndices, KnownIndices)
 _FIRST = {(1, 1): 1, (1, 0): 2}  # the numbers that the oldest formats have
 
 
@@ -59,6 +60,9 @@ class Entries:
             `Sign()`.
         indices: `EliasFano()` or `RawIndices()`.
 
+    Raises:
+        TypeError: they are others, whose bytes kernels do not know.
+
     Example:
         >>> Entries(Float32(), RawIndices()).bytes(10, "float32", n=1000)
         80
@@ -66,6 +70,13 @@ class Entries:
 
     values: Values
     indices: Indices | KnownIndices = EliasFano()  # noqa: RUF009  # frozen: one instance serves all
+
+    def __post_init__(self) -> None:
+        if type(self.values) not in OURS or type(self.indices) not in _INDICES:
+            raise TypeError(
+                "values and indices must be formats of hvd_sparse itself, got "
+                f"{self.values!r} and {self.indices!r}"
+            )
 
     @property
     def layout(self) -> int:
@@ -193,7 +204,7 @@ def joined(values: Values | Format | None, indices: Indices | None) -> Format:
         TypeError: they are no formats.
         ValueError: values is a `Format` of one's own, which has indices already.
     """
-    if indices is not None and not isinstance(indices, EliasFano | RawIndices):
+    if indices is not None and type(indices) not in (EliasFano, RawIndices):
         raise TypeError(f"indices must be EliasFano() or RawIndices(), got {indices!r}")
     if values is None or type(values) in OURS:
         assert values is None or isinstance(values, Values)
