@@ -112,7 +112,7 @@ def test_the_version_has_an_entry_in_the_changelog() -> None:
 def test_the_extras_are_those_promised() -> None:
     extras = importlib.metadata.metadata("hvd-sparse").get_all("Provides-Extra")
     doors = {"torch", "tensorflow", "horovod", "mpi"}
-    assert doors | {"doctor", "examples", "plots", "dev"} == set(extras)
+    assert doors | {"doctor", "examples", "plots", "fuzz", "dev"} == set(extras)
 
 
 def test_the_base_install_is_numpy_and_numba() -> None:
