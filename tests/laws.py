@@ -34,15 +34,7 @@ from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.payload import decode
 from hvd_sparse.core.received import Received
 from hvd_sparse.core.sparsifiers import format_of
-from hvd_sparse.core.values import (
-    BFloat16,
-    Float16,
-    Float32,
-    Int2,
-    Int4,
-    Int8,
-    Sign,
-)
+from hvd_sparse.core.values import OURS, Float32, Sign
 from hvd_sparse.kernels import host, reference
 
 try:
@@ -54,7 +46,7 @@ except ModuleNotFoundError:  # then tables have no rows of torch: launch/test --
 
 # ---------------------------------------------------------------------- formats
 
-VALUES = (Float32(), Float16(), BFloat16(), Int8(), Int4(), Int2(), Sign())
+VALUES = tuple(kind() for kind in OURS)
 INDICES = (EliasFano(), RawIndices(), KnownIndices())
 FORMATS = {
     form.layout: form for form in (Entries(v, i) for v in VALUES for i in INDICES)

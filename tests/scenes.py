@@ -10,21 +10,7 @@ import ml_dtypes
 import numpy as np
 from guarded import Fenced
 
-from hvd_sparse import (
-    BFloat16,
-    EliasFano,
-    Float16,
-    Float32,
-    Int2,
-    Int4,
-    Int8,
-    Never,
-    RandomK,
-    RawIndices,
-    Selection,
-    Sign,
-    TopK,
-)
+from hvd_sparse import EliasFano, Never, RandomK, RawIndices, Selection, TopK
 from hvd_sparse.core.contracts import Located
 from hvd_sparse.core.flight import Flight, Phase, Tensor
 from hvd_sparse.core.formats import Entries
@@ -33,9 +19,10 @@ from hvd_sparse.core.indices import KnownIndices
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.payload import DTYPES, MOST_ELEMENTS, Header, Payload, encode
 from hvd_sparse.core.received import Received
+from hvd_sparse.core.values import OURS
 from hvd_sparse.kernels.host import is_one_part
 
-VALUES = (Float32(), Float16(), BFloat16(), Int8(), Int4(), Int2(), Sign())
+VALUES = tuple(kind() for kind in OURS)
 INDICES = (EliasFano(), EliasFano(), RawIndices(), KnownIndices())
 SCENES = 1 << 16  # that there are
 DRAWS = RandomK(density=0.5, seed=3)  # the indices that all ranks know

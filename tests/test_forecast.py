@@ -23,9 +23,7 @@ from hvd_sparse import (
     EliasFano,
     Float16,
     Float32,
-    Int2,
     Int4,
-    Int8,
     Never,
     RandomK,
     RawIndices,
@@ -37,7 +35,7 @@ from hvd_sparse import (
     WhenCheaper,
 )
 from hvd_sparse.core.traffic import Traffic
-from hvd_sparse.core.values import Values
+from hvd_sparse.core.values import OURS, Values
 from hvd_sparse.forecast import TrafficPlan
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -51,7 +49,7 @@ SHAPES = {
     "scale": (),
     "none": (0, 5),
 }
-VALUES = [Float32(), Float16(), BFloat16(), Int8(), Int4(), Int2(), Sign()]
+VALUES = [kind() for kind in OURS]
 INDICES = [None, EliasFano(), RawIndices()]
 RULES = [WhenCheaper(), Never()]
 SPARSIFIERS = [TopK(0.01), RandomK(0.01), SignTopK(0.01)]

@@ -6,24 +6,11 @@ from typing import Any
 
 from hvd_sparse.core.indices import EliasFano, Indices, RawIndices
 from hvd_sparse.core.sparsifiers import TopK
-from hvd_sparse.core.values import (
-    BFloat16,
-    Float16,
-    Float32,
-    Int2,
-    Int4,
-    Int8,
-    Sign,
-    Values,
-)
+from hvd_sparse.core.values import OURS, Values
 from hvd_sparse.forecast import TrafficPlan, plan
 
 # as a command line has them
-_FORMATS: tuple[Values, ...] = (
-    *(Float32(), Float16(), BFloat16()),
-    *(Int8(), Int4(), Int2(), Sign()),
-)
-VALUES = {type(form).__name__: form for form in _FORMATS}
+VALUES: dict[str, Values] = {kind.__name__: kind() for kind in OURS}
 INDICES = {type(form).__name__: form for form in (EliasFano(), RawIndices())}
 
 

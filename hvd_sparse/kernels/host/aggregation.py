@@ -60,8 +60,8 @@ def sum_entries(
     """Overwrites out with the scaled sum of all payloads' entries in [first, stop).
 
     It is cleared already, or zeros are streamed into it, or else they are written. What
-    travels as something else than arrays is decoded into the rooms, which have
-    `room(n)` elements, a chunk at a time.
+    travels as something else than arrays is decoded into what `rooms` gave, a chunk at
+    a time.
 
     Returns how many entries there were: indices that do not ascend are not followed, so
     a damaged payload can not write outside of out; and those of a chunk with a value

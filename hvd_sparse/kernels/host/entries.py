@@ -167,9 +167,8 @@ def decode(coded: Coded, n: int, like: Array) -> tuple[Array, Array]:
     values = np.empty(coded.k, like.dtype) if rounds else coded.values
     if not raw or rounds:
         row = np.array(row_of(coded), np.int64)
-        taken = _decode(row, n, indices if not raw else _NONE, readable(values), BYTES)
+        taken = _decode(
+            row, n, indices if not raw else INDICES, readable(values), BYTES
+        )
         indices = indices[:taken] if not raw else indices
     return indices, values
-
-
-_NONE = np.empty(0, np.int32)
