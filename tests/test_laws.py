@@ -52,7 +52,7 @@ from hvd_sparse import (
 from hvd_sparse.core.memory import ErrorFeedback
 from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.sparsifiers import elements
-from hvd_sparse.kernels import device
+from hvd_sparse.kernels import device, host
 from hvd_sparse.kernels.contract import NothingAddedError
 from hvd_sparse.kernels.host import candidates
 
@@ -917,6 +917,24 @@ def test_a_selection_without_memory_on_the_host_loses_nothing(
         return buffers(*arguments)
 
     monkeypatch.setattr(candidates, "buffers", fail_once)
+    given = gradient.copy()
+    with pytest.raises(MemoryError):
+        send(path, given, in_place=["w"])
+    np.testing.assert_array_equal(path.memory.residuals["w"], before + gradient)
+    assert not given.any()  # all of it is in the residual
+
+
+def test_a_draw_without_memory_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Ranks(1, RandomK(0.2)).paths[0]
+    gradient = np.arange(1, 21, dtype=np.float32)
+    send(path, gradient)
+    path.roll_back([path.plan.tensors["w"].flight])
+    before = path.memory.residuals["w"].copy()
+
+    def fail(*arguments: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(host, "random_indices", fail)
     given = gradient.copy()
     with pytest.raises(MemoryError):
         send(path, given, in_place=["w"])

@@ -93,14 +93,18 @@ def test_the_memory_of_an_old_payload_serves_again() -> None:
 @given(
     st.sampled_from([*FORMATS.values()]),
     st.sampled_from(sorted(DTYPES)),
-    st.integers(0, 10_000),
+    st.sampled_from([1, 1000, 100_000, 2**31 - 1]),
+    st.integers(0, 1_000_000),
 )
 def test_most_elements_is_the_most_that_fit(
-    form: Entries, dtype: str, size: int
+    form: Entries, dtype: str, n: int, size: int
 ) -> None:
-    k = most_elements(form, dtype, 1000, size)
-    assert k < 0 or payload_bytes(form, dtype, 1000, k) <= size
-    assert k < -1 or payload_bytes(form, dtype, 1000, k + 1) > size
+    k = most_elements(form, dtype, n, size)
+    assert k < 0 or payload_bytes(form, dtype, n, k) <= size
+    assert k < -1 or payload_bytes(form, dtype, n, k + 1) > size
+    several = most_elements(form, dtype, n, np.array([size, 0, 2 * size]))
+    assert several.tolist() == [k, -1, most_elements(form, dtype, n, 2 * size)]
+    assert most_elements(form, dtype, n, np.array([size])).tolist() == [k]
 
 
 def test_signs_and_their_mean_magnitude_are_what_travels() -> None:

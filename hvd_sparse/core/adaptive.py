@@ -56,6 +56,7 @@ from hvd_sparse.kernels import kernels_for
 
 _FARTHER = 1.3  # one size of the grid more than last time, and a little
 _BEYOND = 1.1  # of what seems best: what is sampled is not known exactly
+_SMALL = 1 << 12  # elements of a gradient for which all costs are remembered
 _SAMPLED = 1 << 16  # elements, of which all are looked at
 _RUN, _STRIDE = 16, 16 * 257  # of more, so many of so many: no width of a layer
 _AS_GOOD = 0.99  # the share of the best efficiency that a size of the grid must have
@@ -79,9 +80,30 @@ def _coarse(cost: Cost, message: Message, most: int) -> tuple[Sizes, Any]:
 
 
 @lru_cache(maxsize=64)
-def _all(cost: Cost, message: Message, most: int) -> tuple[Sizes, Any]:
-    every = np.arange(1, most + 1, dtype=np.int64)
+def _all(cost: Cost, message: Message) -> tuple[Sizes, Any]:
+    """Every size of a gradient with its cost, 1 first."""
+    every = np.arange(1, message.n + 1, dtype=np.int64)
     return every, cost.of(every, message)
+
+
+def _costs(cost: Cost, sizes: Sizes, message: Message) -> Any:
+    """Those of sizes; of a small gradient they are worked out once."""
+    if message.n > _SMALL:
+        return cost.of(sizes, message)
+    return _small_costs(cost, message)[sizes - 1]
+
+
+@lru_cache(maxsize=512)
+def _small_costs(cost: Cost, message: Message) -> Any:
+    return cost.of(np.arange(1, message.n + 1, dtype=np.int64), message)
+
+
+@lru_cache(maxsize=1 << 14)
+def _filled(cost: Cost, message: Message, size: int, most: int) -> tuple[Sizes, Any]:
+    """So many, and the most up to `most` that cost no more, each with its cost."""
+    sizes = np.array([size, size], np.int64)
+    sizes[1:] = cost.filled(sizes[1:], message).clip(size, most)
+    return sizes, cost.of(sizes, message)
 
 
 def _sampled(array: Array) -> tuple[Array, int]:
@@ -213,12 +235,18 @@ class CAT(Selecting):
         sizes, costs = _coarse(self.cost, message, most)
         first = np.searchsorted(sizes, least)
         size, efficiency = self._best_of(levels, sizes[first:], costs[first:])
-        turns = np.clip(self.scheme.turns(levels), 1, most)
-        filled = np.minimum(self.cost.filled(turns, message), most)
-        falls = np.unique(np.concatenate((turns, filled, [most])))
-        falls = falls[np.searchsorted(falls, least) :]
-        fine, best = self._best_of(levels, falls, self.cost.of(falls, message))
+        fine, best = self._finest(levels, message, least, most)
         return fine if efficiency < _AS_GOOD * best else size
+
+    def _finest(
+        self, levels: Levels, message: Message, least: int, most: int
+    ) -> tuple[int, float]:
+        """Where the magnitudes fall: the best, and as many as its cost has room for."""
+        falls = np.append(self.scheme.turns(levels), most).clip(least, most)
+        falls.sort()
+        fall, _ = self._best_of(levels, falls, _costs(self.cost, falls, message))
+        sizes, costs = _filled(self.cost, message, fall, most)
+        return self._best_of(levels, sizes, costs)
 
     def _best_of(self, levels: Levels, sizes: Sizes, costs: Any) -> tuple[int, float]:
         efficiencies = self.scheme.descent(levels, sizes) / costs
@@ -255,8 +283,8 @@ class ExactCAT(CAT):
 
     def best(self, levels: Levels, message: Message, least: int, most: int) -> int:
         """The number of elements of most descent for its cost; the fewest of equals."""
-        sizes, costs = _all(self.cost, message, most)
-        return self._best_of(levels, sizes[least - 1 :], costs[least - 1 :])[0]
+        sizes, costs = (every[least - 1 : most] for every in _all(self.cost, message))
+        return self._best_of(levels, sizes, costs)[0]
 
     def levels(self, values: Array, rest: Array) -> Levels:
         """The magnitudes of what was selected, each by itself; there is no rest."""

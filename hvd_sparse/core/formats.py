@@ -5,6 +5,7 @@ An entry is an index and a value: `values=` of an integration chooses how values
 `hvd_sparse.core.frame`.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeGuard
@@ -31,7 +32,7 @@ _INDEX: Any = np.dtype("<i4")
 _FLOATS: dict[int, Any] = {4: np.dtype("<f4"), 8: np.dtype("<f8")}
 _MANY = 1 << 12  # entries: of all scales there are whole numbers
 _SMALL = 1 << 14  # elements of a gradient for which all sizes are remembered
-_OFF = 80  # entries that fit into 9 bytes, at most
+_ROUNDED = 80  # bits, at most, that rounding up makes of no bits
 _INDICES = (EliasFano, RawIndices, KnownIndices)
 _FIRST = {(1, 1): 1, (1, 0): 2}  # the numbers that the oldest formats have
 
@@ -40,11 +41,13 @@ class Places(NamedTuple):
     """Where all is in the bytes of entries.
 
     Attributes:
-        indices_at: where indices begin; values begin at 0.
+        values_end: where values end, that begin at 0.
+        indices_at: where indices begin.
         index_kind: as `hvd_sparse.kernels.coding` has it; so is value_kind.
         size: bytes.
     """
 
+    values_end: int
     indices_at: int
     index_kind: int
     value_kind: int
@@ -99,34 +102,37 @@ class Entries:
 
     def most(self, size: Any, dtype: str, n: int) -> Any:
         """The most entries that size bytes have room for; -1 if not even 0."""
-        sizes = np.atleast_1d(np.asarray(size, np.int64))
-        if n <= _SMALL and sizes.size > 1:
+        if not isinstance(size, np.ndarray) or size.size == 1:
+            one = _most(self, int(np.asarray(size).item()), dtype, n)
+            return np.full_like(size, one) if isinstance(size, np.ndarray) else one
+        if n <= _SMALL:
             table = _table(self, dtype, n)
-            most = np.searchsorted(table, sizes, side="right") - 1
+            most = np.searchsorted(table, size, side="right") - 1
             if most.max() < table.size - 1:
                 return most
-        low, high = np.full_like(sizes, -1), 8 * np.maximum(sizes, 0) + 1
-        about = self._about(sizes, dtype, n)
-        tried = iter((about - _OFF, about + _OFF))  # it is most often between these
+        low, high = np.full_like(size, -1), 8 * np.maximum(size, 0) + 1
+        about, off = self._about(size, dtype, n)
+        tried = iter((about - off, about + off))  # it is most often between these
         while (low < high).any():
             middle = next(tried, (low + high + 1) // 2).clip(0, high.clip(0))
-            fits = self.bytes(middle, dtype, n) <= sizes
+            fits = self.bytes(middle, dtype, n) <= size
             low = np.where(fits, np.maximum(low, middle), low)
             high = np.where(fits, high, np.minimum(high, middle - 1))
-        return low if isinstance(size, np.ndarray) else int(low[0])
+        return low
 
-    def _about(self, sizes: Any, dtype: str, n: int) -> Any:
-        """As many as so many bytes have room for, but for what is rounded up."""
+    def _about(self, sizes: Any, dtype: str, n: int) -> tuple[Any, int]:
+        """As many as so many bytes have room for, and by how many that may be wrong."""
         empty = 8 * self.values.bytes(0, dtype)
         each = (8 * self.values.bytes(_MANY, dtype) - empty) / _MANY
+        off = math.ceil(_ROUNDED / each)
         room = 8 * sizes - empty
         if not isinstance(self.indices, EliasFano):
-            return (room / (each + 8 * self.indices.bytes(1, n))).astype(np.int64)
+            return (room / (each + 8 * self.indices.bytes(1, n))).astype(np.int64), off
         k = room
         for _ in range(4):  # low bits follow from k, and k from them
-            low = low_bits(k.clip(1), n)
+            low = low_bits(np.maximum(k, 1), n)
             k = ((room - (n - 1 >> low)) / (each + 1 + low)).astype(np.int64)
-        return k
+        return k, off
 
     def places(self, k: int, dtype: str, n: int) -> Places:
         """Where values and indices of k entries lie."""
@@ -134,8 +140,10 @@ class Entries:
 
     def coded(self, data: Bytes, k: int, dtype: str, n: int) -> Coded:
         """The same bytes, as kernels write and read them."""
-        indices_at, index_kind, value_kind, size = _places(self, k, dtype, n)
-        values = data[: self.values.bytes(k, dtype)]
+        values_end, indices_at, index_kind, value_kind, size = _places(
+            self, k, dtype, n
+        )
+        values = data[:values_end]
         if value_kind == coding.FLOAT:
             values = values.view(_FLOATS[float_bytes(dtype)])
         indices = data[indices_at:size]
@@ -145,10 +153,10 @@ class Entries:
 
     def write(self, out: Bytes, indices: Array, values: Array, n: int) -> Array:
         """Overwrites out; returns the values a receiver will read, (k,)."""
-        k, dtype = values.shape[0], values.dtype.name
+        k, dtype = values.shape[0], f"float{8 * values.itemsize}"
         given = indices if self.indices.layout else indices[:0]
-        out[self.values.bytes(k, dtype) :][:4] = 0  # what may lie before indices
         coded = self.coded(out, k, dtype, n)
+        out[coded.values.nbytes :][:4] = 0  # what may lie before indices
         if coded.index_kind == coding.RAW and coded.value_kind == coding.FLOAT:
             coded.indices[...], coded.values[...] = given, values
             return values
@@ -179,7 +187,22 @@ class Entries:
 @lru_cache(maxsize=64)
 def _table(form: Entries, dtype: str, n: int) -> Any:
     """Bytes of each number of entries up to n, and of a few more."""
-    return np.asarray(form.bytes(np.arange(n + _OFF), dtype, n))
+    return np.asarray(form.bytes(np.arange(n + _ROUNDED), dtype, n))
+
+
+@lru_cache(maxsize=1 << 14)
+def _most(form: Entries, size: int, dtype: str, n: int) -> int:
+    """`Entries.most` of one size."""
+    low, high = -1, 8 * max(size, 0) + 1
+    about, off = form._about(np.int64(size), dtype, n)
+    tried = iter((int(about) - off, int(about) + off))  # see `Entries.most`
+    while low < high:
+        middle = min(max(next(tried, (low + high + 1) // 2), 0), max(high, 0))
+        if form.bytes(middle, dtype, n) <= size:
+            low = max(low, middle)
+        else:
+            high = min(high, middle - 1)
+    return low
 
 
 @lru_cache(maxsize=1 << 14)
@@ -189,7 +212,7 @@ def _places(form: Entries, k: int, dtype: str, n: int) -> Places:
     raw = size == _up(values) + 4 * k or not form.indices.layout
     kind = coding.RAW if raw else coding.ELIAS_FANO
     indices_at = _up(values) if raw and form.indices.layout else values
-    return Places(indices_at, kind, form.values.layout, size)
+    return Places(values, indices_at, kind, form.values.layout, size)
 
 
 def _up(size: Any) -> Any:

@@ -70,6 +70,11 @@ def _many(k: Any, n: int) -> Any:
 
 def low_bits(k: Any, n: int) -> Any:
     """`coding.shift`, of an array."""
-    # one bit for each of these that is more than k: they never rise
-    halves = [(n - 1 >> low) - (n - 1 >> low + 1) for low in reversed(range(32))]
-    return 32 - np.searchsorted(halves, k, side="right")
+    return 32 - _halves(n).searchsorted(k, side="right")
+
+
+@lru_cache(maxsize=1 << 14)
+def _halves(n: int) -> Any:
+    """(32,) int64, which never fall; as many low bits as of these are more than k."""
+    whole = np.int64(n - 1) >> np.arange(33)
+    return (whole[:-1] - whole[1:])[::-1].copy()

@@ -47,7 +47,7 @@ class Levels:
     @classmethod
     def of_bins(cls, counts: Array, itemsize: int) -> "Levels":
         """From (bins,) counts of floats of 4 or 8 bytes, as kernels make them."""
-        bins = np.flatnonzero(counts)[::-1]
+        bins = np.flatnonzero(counts != 0)[::-1]  # of booleans it is much faster
         return cls(_middles(itemsize)[bins], counts[bins])
 
     @cached_property
