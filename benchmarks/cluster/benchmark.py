@@ -20,6 +20,9 @@ The time to a loss is computed: a method's steps to that validation loss, counte
 without a limit on the network, times what its step takes. Bytes are what a host's
 interface has sent, headers of TCP and acknowledgements among them.
 
+With --int32 the methods of hvd_sparse are there with int32 indices, too, which takes
+more memory.
+
 Fails, unless --quick, if one of these does not hold: on 2 hosts at 1 Gbit/s the step
 of 0.1 % under Horovod takes at most 1.25 times the bound, a quarter of dense Horovod
 and half of its fp16; at 100 Mbit/s at most 1.4 times the bound; without a limit at most
@@ -121,9 +124,8 @@ def find_length() -> int:
 
 
 def measure(
-    hosts: Iterable[int], rates: Iterable[str], rounds: int, length: int
+    hosts: Iterable[int], rates: Iterable[str], options: list[str], length: int
 ) -> Iterator[dict]:
-    options = ["--rounds", str(rounds), "--length", str(length)]
     for count in hosts:
         for rate in rates:
             with Cluster(count, RATES[rate]) as cluster:
@@ -309,7 +311,9 @@ def main() -> None:
     steps: list[dict] = []
     rounds = 10 if arguments.quick else arguments.rounds
     length = arguments.length or find_length()
-    rows = with_bounds(list(measure(arguments.hosts, arguments.rate, rounds, length)))
+    options = ["--rounds", str(rounds), "--length", str(length)]
+    options += ["--int32"] * arguments.int32
+    rows = with_bounds(list(measure(arguments.hosts, arguments.rate, options, length)))
     if not arguments.quick:
         for hosts in arguments.hosts:
             steps += count_steps(hosts, length)
@@ -330,6 +334,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rate", nargs="+", choices=RATES, help="of links (all)")
     parser.add_argument("--rounds", type=int, default=12, help="steps of each method")
     parser.add_argument("--length", type=int, help="of text, in bytes (found out)")
+    parser.add_argument("--int32", action="store_true", help="rows of these as well")
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
     parser.add_argument("--plot", metavar="FILE", help="a PNG")
     arguments = parser.parse_args()

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import torch_language_model as language
 
 import hvd_sparse.torch as sparse
+from hvd_sparse.core.indices import Indices
 
 WIDTH, LAYERS, HEADS = 512, 8, 8  # 25.6 million parameters
 WINDOWS = 2  # of text in a rank's batch
@@ -32,6 +33,7 @@ LENGTHS = 16, 48  # of windows, in bytes: what is tried to find the one for a st
 WARM = 3  # rounds before any counts
 EVERY = 10  # steps between two looks at the validation loss
 LR, MOMENTUM = 0.1, 0.5
+INT32 = sparse.RawIndices()  # with --int32: what compact indices are compared with
 
 
 class Model(NamedTuple):
@@ -88,9 +90,15 @@ def horovod() -> tuple[Group, list[Method]]:
 
         return wrapped
 
-    def compressor(density: float) -> Callable[[nn.Module, int], Model]:
+    def compressor(
+        density: float, indices: Indices | None = None
+    ) -> Callable[[nn.Module, int], Model]:
         top = sparse.TopK(density=density)
-        return wrap(lambda named: sparse.SparseCompressor(top, named_parameters=named))
+        return wrap(
+            lambda named: sparse.SparseCompressor(
+                top, named_parameters=named, indices=indices
+            )
+        )
 
     group = Group(hvd.rank(), hvd.size(), hvd.allgather_object, hvd.barrier)
     return group, [
@@ -99,6 +107,8 @@ def horovod() -> tuple[Group, list[Method]]:
         Method("horovod-fp16", None, wrap(lambda _: hvd.Compression.fp16)),
         Method("horovod-sparse", 0.01, compressor(0.01)),
         Method("horovod-sparse", 0.001, compressor(0.001)),
+        Method("horovod-int32", 0.01, compressor(0.01, INT32)),
+        Method("horovod-int32", 0.001, compressor(0.001, INT32)),
     ]
 
 
@@ -107,12 +117,15 @@ def mpi() -> tuple[Group, list[Method]]:
 
     comm = MPI.COMM_WORLD
 
-    def wrap(density: float) -> Callable[[nn.Module, int], Model]:
+    def wrap(
+        density: float, indices: Indices | None = None
+    ) -> Callable[[nn.Module, int], Model]:
         def wrapped(network: nn.Module, number: int) -> Model:
             optimizer = sparse.DistributedOptimizer(
                 sgd(network),
                 sparse.TopK(density=density),
                 named_parameters=network.named_parameters(),
+                indices=indices,
                 comm=comm,
             )
             return Model(network, optimizer)
@@ -124,6 +137,8 @@ def mpi() -> tuple[Group, list[Method]]:
         Method("no-communication", None, alone),
         Method("mpi-sparse", 0.01, wrap(0.01)),
         Method("mpi-sparse", 0.001, wrap(0.001)),
+        Method("mpi-int32", 0.01, wrap(0.01, INT32)),
+        Method("mpi-int32", 0.001, wrap(0.001, INT32)),
     ]
 
 
@@ -159,6 +174,12 @@ def ddp() -> tuple[Group, list[Method]]:
 
 
 DOORS = {"horovod": horovod, "mpi": mpi, "ddp": ddp}
+
+
+def open_door(name: str, int32: bool) -> tuple[Group, list[Method]]:
+    """Those of a door; the ones with int32 indices only when asked for."""
+    group, methods = DOORS[name]()
+    return group, [m for m in methods if int32 or not m.name.endswith("int32")]
 
 
 # ------------------------------------------------------------------------ training
@@ -300,11 +321,12 @@ def main() -> None:
         "--find-length", type=float, metavar="SECONDS", help="of a step"
     )
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--int32", action="store_true", help="rows of these as well")
     parser.add_argument("--loss", type=float, help="count steps to it instead")
     parser.add_argument("--limit", type=int, default=400, help="of these steps")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    group, methods = DOORS[arguments.door]()
+    group, methods = open_door(arguments.door, arguments.int32)
     task = Task(group, arguments.length)
     if arguments.find_length is not None:
         rows = [{"length": find_length(group, arguments.find_length)}]
