@@ -13,7 +13,8 @@ for dense only: ``--tune`` runs the grids below. Rows that are in FILE already a
 trained again. Exits with 1 when a gap is larger than its limit.
 
 ``--formats`` trains the language model with Adam without beta1 alone, at 1 % and 0.1 %,
-in each format of values; the first gap is then to Float32 at the same density.
+in each format of values; the first gap is then to Float32 at the same density, and
+halves may end worse by no more than twice the standard error of both.
 """
 
 import sys
@@ -269,6 +270,16 @@ def within(limit: float, found: list[float]) -> bool:
     return statistics.mean(found) <= limit and statistics.median(found) <= limit
 
 
+def limit_of(
+    model: Model, column: str, rows: list[dict], beside: list[dict]
+) -> float | None:
+    """The largest gap that passes; that of halves to floats is twice their noise."""
+    if not isinstance(EVERY[column].values, hvd_sparse.Float16):
+        return model.limits.get(column)
+    noise = math.hypot(error_of(values(rows)), error_of(values(beside)))
+    return 2 * noise / statistics.mean(values(beside))
+
+
 def best_dense(results: Results, family: list[Model], seeds) -> list[dict]:
     """The rows of the optimizer that is best when dense, on average over seeds."""
     rows = [[results.get(m, "dense", seed) for seed in seeds] for m in family]
@@ -298,7 +309,7 @@ def measure(comm, results: Results, columns, quick: bool, say) -> bool:
             rows = [results.get(model, column, seed) for seed in seeds]
             beside = [results.get(model, how.against, seed) for seed in seeds]
             own, over = gaps(model, rows, beside), gaps(model, rows, best)
-            limit = None if quick else model.limits.get(column)
+            limit = None if quick else limit_of(model, column, rows, beside)
             failed = limit is not None and not within(limit, own)
             fails |= failed
             say(
