@@ -6,10 +6,11 @@
 
 The 161 parameters of ResNet-50 in hvd_sparse.torch.DistributedOptimizer. A step is its
 `synchronize()` with all gradients ready at once, no backward pass; the dense row is one
-allreduce of as many float32 in one buffer, the least that MPI can be asked for.
-Optimizers take turns, on steady residuals; of each step the slower rank counts.
+allreduce of as many float32 in one buffer, and its average, the least that MPI can be
+asked for. Optimizers take turns, on steady residuals; of each step the slower rank
+counts. Bytes are the mean of all steps.
 
-Fails if compact entries take more than 1.1 times what int32 and float32 do.
+Fails, unless --quick, if compact entries take more than 1.1 times what int32 do.
 """
 
 import argparse
@@ -33,7 +34,8 @@ import hvd_sparse.torch as sparse
 COMM = MPI.COMM_WORLD
 SPAN = 1 << 20
 RAW = {"indices": sparse.RawIndices()}
-GIGABIT = sparse.Affine(per_byte=8e-9, per_message=2e-6)  # seconds, shared by a batch
+# seconds; all tensors leave as one message, whose set-up they share
+GIGABIT = sparse.Affine(per_byte=8e-9, per_message=2e-6)
 SPARSIFIERS = {
     "TopK 1 %": (sparse.TopK(0.01), {}),
     "1 %, int32": (sparse.TopK(0.01), RAW),
@@ -169,7 +171,7 @@ def main() -> None:
     if COMM.rank == 0:
         if arguments.json:
             arguments.json.write_text(json.dumps(rows))
-        sys.exit(not report(rows))
+        sys.exit(not (report(rows) or arguments.quick))
 
 
 if __name__ == "__main__":

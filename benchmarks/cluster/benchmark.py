@@ -21,7 +21,7 @@ without a limit on the network, times what its step takes. Bytes are what a host
 interface has sent, headers of TCP and acknowledgements among them.
 
 With --int32 the methods of hvd_sparse are there with int32 indices, too, which takes
-more memory.
+more memory; nothing is foretold of these, and no steps to a loss are counted.
 
 Fails, unless --quick, if one of these does not hold: on 2 hosts at 1 Gbit/s the step
 of 0.1 % under Horovod takes at most 1.25 times the bound, a quarter of dense Horovod
@@ -334,7 +334,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rate", nargs="+", choices=RATES, help="of links (all)")
     parser.add_argument("--rounds", type=int, default=12, help="steps of each method")
     parser.add_argument("--length", type=int, help="of text, in bytes (found out)")
-    parser.add_argument("--int32", action="store_true", help="rows of these as well")
+    parser.add_argument("--int32", action="store_true", help="also with int32 indices")
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
     parser.add_argument("--plot", metavar="FILE", help="a PNG")
     arguments = parser.parse_args()

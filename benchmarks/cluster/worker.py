@@ -177,7 +177,7 @@ DOORS = {"horovod": horovod, "mpi": mpi, "ddp": ddp}
 
 
 def open_door(name: str, int32: bool) -> tuple[Group, list[Method]]:
-    """Those of a door; the ones with int32 indices only when asked for."""
+    """The group and methods of a door, with int32 indices too if asked for."""
     group, methods = DOORS[name]()
     return group, [m for m in methods if int32 or not m.name.endswith("int32")]
 
@@ -321,7 +321,7 @@ def main() -> None:
         "--find-length", type=float, metavar="SECONDS", help="of a step"
     )
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--int32", action="store_true", help="rows of these as well")
+    parser.add_argument("--int32", action="store_true", help="also with int32 indices")
     parser.add_argument("--loss", type=float, help="count steps to it instead")
     parser.add_argument("--limit", type=int, default=400, help="of these steps")
     arguments = parser.parse_args()

@@ -57,6 +57,7 @@ from hvd_sparse.kernels import kernels_for
 _FARTHER = 1.3  # one size of the grid more than last time, and a little
 _BEYOND = 1.1  # of what seems best: what is sampled is not known exactly
 _SMALL = 1 << 12  # elements of a gradient for which all costs are remembered
+_FEW = 4  # sizes, all of which are filled up
 _SAMPLED = 1 << 16  # elements, of which all are looked at
 _RUN, _STRIDE = 16, 16 * 257  # of more, so many of so many: no width of a layer
 _AS_GOOD = 0.99  # the share of the best efficiency that a size of the grid must have
@@ -79,31 +80,13 @@ def _coarse(cost: Cost, message: Message, most: int) -> tuple[Sizes, Any]:
     return every, cost.of(every, message)
 
 
-@lru_cache(maxsize=64)
-def _all(cost: Cost, message: Message) -> tuple[Sizes, Any]:
-    """Every size of a gradient with its cost, 1 first."""
-    every = np.arange(1, message.n + 1, dtype=np.int64)
-    return every, cost.of(every, message)
+def _all(cost: Cost, message: Message, most: int) -> Any:
+    """(most,) costs of every size, 1 first."""
+    return np.asarray(cost.of(np.arange(1, most + 1, dtype=np.int64), message))
 
 
-def _costs(cost: Cost, sizes: Sizes, message: Message) -> Any:
-    """Those of sizes; of a small gradient they are worked out once."""
-    if message.n > _SMALL:
-        return cost.of(sizes, message)
-    return _small_costs(cost, message)[sizes - 1]
-
-
-@lru_cache(maxsize=512)
-def _small_costs(cost: Cost, message: Message) -> Any:
-    return cost.of(np.arange(1, message.n + 1, dtype=np.int64), message)
-
-
-@lru_cache(maxsize=1 << 14)
-def _filled(cost: Cost, message: Message, size: int, most: int) -> tuple[Sizes, Any]:
-    """So many, and the most up to `most` that cost no more, each with its cost."""
-    sizes = np.array([size, size], np.int64)
-    sizes[1:] = cost.filled(sizes[1:], message).clip(size, most)
-    return sizes, cost.of(sizes, message)
+_every_cost = lru_cache(maxsize=8)(_all)  # of millions of sizes
+_small_costs = lru_cache(maxsize=512)(_all)  # of no more than _SMALL
 
 
 def _sampled(array: Array) -> tuple[Array, int]:
@@ -241,12 +224,24 @@ class CAT(Selecting):
     def _finest(
         self, levels: Levels, message: Message, least: int, most: int
     ) -> tuple[int, float]:
-        """Where the magnitudes fall: the best, and as many as its cost has room for."""
+        """The best of the sizes where magnitudes fall, and of those that these fill up.
+
+        The latter cost no more. Of a large gradient of many levels, it is the best fall
+        alone that is filled up: to find out how much room there is takes its time.
+        """
         falls = np.append(self.scheme.turns(levels), most).clip(least, most)
         falls.sort()
-        fall, _ = self._best_of(levels, falls, _costs(self.cost, falls, message))
-        sizes, costs = _filled(self.cost, message, fall, most)
-        return self._best_of(levels, sizes, costs)
+        if message.n <= _SMALL:
+            costs = _small_costs(self.cost, message, most)
+            filled = costs.searchsorted(costs[falls - 1], "right").clip(falls, most)
+            falls = np.concatenate((falls, filled))
+            return self._best_of(levels, falls, costs[falls - 1])
+        if falls.size > _FEW:
+            best, _ = self._best_of(levels, falls, self.cost.of(falls, message))
+            falls = np.array([best], np.int64)
+        filled = np.clip(self.cost.filled(falls, message), falls, most)
+        falls = np.concatenate((falls, filled))
+        return self._best_of(levels, falls, self.cost.of(falls, message))
 
     def _best_of(self, levels: Levels, sizes: Sizes, costs: Any) -> tuple[int, float]:
         efficiencies = self.scheme.descent(levels, sizes) / costs
@@ -283,7 +278,8 @@ class ExactCAT(CAT):
 
     def best(self, levels: Levels, message: Message, least: int, most: int) -> int:
         """The number of elements of most descent for its cost; the fewest of equals."""
-        sizes, costs = (every[least - 1 : most] for every in _all(self.cost, message))
+        sizes = np.arange(least, most + 1, dtype=np.int64)
+        costs = _every_cost(self.cost, message, most)[least - 1 :]
         return self._best_of(levels, sizes, costs)[0]
 
     def levels(self, values: Array, rest: Array) -> Levels:

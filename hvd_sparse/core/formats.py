@@ -19,7 +19,6 @@ from hvd_sparse.core.indices import (
     Indices,
     KnownIndices,
     RawIndices,
-    low_bits,
 )
 from hvd_sparse.core.roles import offers
 from hvd_sparse.core.values import OURS, Float32, Sign, Values, float_bytes
@@ -32,7 +31,8 @@ _INDEX: Any = np.dtype("<i4")
 _FLOATS: dict[int, Any] = {4: np.dtype("<f4"), 8: np.dtype("<f8")}
 _MANY = 1 << 12  # entries: of all scales there are whole numbers
 _SMALL = 1 << 14  # elements of a gradient for which all sizes are remembered
-_ROUNDED = 80  # bits, at most, that rounding up makes of no bits
+_ROUNDED = 80  # bits, at most, that are sent beside those of entries, rounding up
+_BEYOND = 80  # entries
 _INDICES = (EliasFano, RawIndices, KnownIndices)
 _FIRST = {(1, 1): 1, (1, 0): 2}  # the numbers that the oldest formats have
 
@@ -102,37 +102,15 @@ class Entries:
 
     def most(self, size: Any, dtype: str, n: int) -> Any:
         """The most entries that size bytes have room for; -1 if not even 0."""
-        if not isinstance(size, np.ndarray) or size.size == 1:
-            one = _most(self, int(np.asarray(size).item()), dtype, n)
-            return np.full_like(size, one) if isinstance(size, np.ndarray) else one
-        if n <= _SMALL:
+        if not isinstance(size, np.ndarray):
+            return _most(self, int(size), dtype, n)
+        sizes = size.astype(np.int64)
+        if n <= _SMALL and sizes.size:
             table = _table(self, dtype, n)
-            most = np.searchsorted(table, size, side="right") - 1
-            if most.max() < table.size - 1:
-                return most
-        low, high = np.full_like(size, -1), 8 * np.maximum(size, 0) + 1
-        about, off = self._about(size, dtype, n)
-        tried = iter((about - off, about + off))  # it is most often between these
-        while (low < high).any():
-            middle = next(tried, (low + high + 1) // 2).clip(0, high.clip(0))
-            fits = self.bytes(middle, dtype, n) <= size
-            low = np.where(fits, np.maximum(low, middle), low)
-            high = np.where(fits, high, np.minimum(high, middle - 1))
-        return low
-
-    def _about(self, sizes: Any, dtype: str, n: int) -> tuple[Any, int]:
-        """As many as so many bytes have room for, and by how many that may be wrong."""
-        empty = 8 * self.values.bytes(0, dtype)
-        each = (8 * self.values.bytes(_MANY, dtype) - empty) / _MANY
-        off = math.ceil(_ROUNDED / each)
-        room = 8 * sizes - empty
-        if not isinstance(self.indices, EliasFano):
-            return (room / (each + 8 * self.indices.bytes(1, n))).astype(np.int64), off
-        k = room
-        for _ in range(4):  # low bits follow from k, and k from them
-            low = low_bits(np.maximum(k, 1), n)
-            k = ((room - (n - 1 >> low)) / (each + 1 + low)).astype(np.int64)
-        return k, off
+            if sizes.max() < table[-1]:
+                return np.searchsorted(table, sizes, side="right") - 1
+        each = [_most(self, one, dtype, n) for one in sizes.ravel().tolist()]
+        return np.array(each, np.int64).reshape(sizes.shape)
 
     def places(self, k: int, dtype: str, n: int) -> Places:
         """Where values and indices of k entries lie."""
@@ -187,15 +165,15 @@ class Entries:
 @lru_cache(maxsize=64)
 def _table(form: Entries, dtype: str, n: int) -> Any:
     """Bytes of each number of entries up to n, and of a few more."""
-    return np.asarray(form.bytes(np.arange(n + _ROUNDED), dtype, n))
+    return np.asarray(form.bytes(np.arange(n + _BEYOND), dtype, n))
 
 
 @lru_cache(maxsize=1 << 14)
 def _most(form: Entries, size: int, dtype: str, n: int) -> int:
-    """`Entries.most` of one size."""
+    """`Entries.most` of one size, by bisection."""
     low, high = -1, 8 * max(size, 0) + 1
-    about, off = form._about(np.int64(size), dtype, n)
-    tried = iter((int(about) - off, int(about) + off))  # see `Entries.most`
+    about, off = _about(form, size, dtype, n)
+    tried = iter((about - off, about + off))  # it is most often between these
     while low < high:
         middle = min(max(next(tried, (low + high + 1) // 2), 0), max(high, 0))
         if form.bytes(middle, dtype, n) <= size:
@@ -203,6 +181,21 @@ def _most(form: Entries, size: int, dtype: str, n: int) -> int:
         else:
             high = min(high, middle - 1)
     return low
+
+
+def _about(form: Entries, size: int, dtype: str, n: int) -> tuple[int, int]:
+    """As many as so many bytes have room for, and by how many that may be wrong."""
+    empty = 8 * form.values.bytes(0, dtype)
+    each = (8 * form.values.bytes(_MANY, dtype) - empty) / _MANY
+    off = math.ceil(_ROUNDED / each)
+    room = 8 * size - empty
+    if not isinstance(form.indices, EliasFano):
+        return int(room / (each + 8 * form.indices.bytes(1, n))), off
+    k = room
+    for _ in range(4):  # low bits follow from k, and k from them
+        low = coding.shift(n, max(k, 1))
+        k = int((room - (n - 1 >> low)) / (each + 1 + low))
+    return k, off
 
 
 @lru_cache(maxsize=1 << 14)

@@ -73,8 +73,8 @@ def low_bits(k: Any, n: int) -> Any:
     return 32 - _halves(n).searchsorted(k, side="right")
 
 
-@lru_cache(maxsize=1 << 14)
+@lru_cache(maxsize=1024)
 def _halves(n: int) -> Any:
-    """(32,) int64, which never fall; as many low bits as of these are more than k."""
+    """(32,) int64, ascending; there are as many low bits as of these above k."""
     whole = np.int64(n - 1) >> np.arange(33)
     return (whole[:-1] - whole[1:])[::-1].copy()
