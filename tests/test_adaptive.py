@@ -326,6 +326,23 @@ def test_the_grid_costs_one_percent_at_most_and_a_thousandth_on_average() -> Non
     assert np.max(losses) < 0.01
 
 
+def test_the_last_size_stays_while_it_is_about_as_good() -> None:
+    total, stayed = np.random.default_rng(9).standard_t(3, size=5000), 0
+    for scheme in SCHEMES:
+        for cost in (AFFINE, Affine(1.0, 3000.0), PACKET, Payload()):
+            cat = CAT(scheme, cost)
+            every = efficiency(cat, total)
+            every /= every.max()
+            message = Message(cat.counted, "float64", total.size)
+            for last in _coarse(cost, message, total.size)[0].tolist():
+                size = cat.after(last).best(exact_levels(total), total, total.size)
+                assert every[size - 1] >= 0.99
+                if abs(every[last - 1] - 0.99) > 1e-6:
+                    assert (size == last) == (every[last - 1] >= 0.99)
+                stayed += size == last
+    assert stayed > 20
+
+
 # ------------------------------------------------------------------ bounds
 
 

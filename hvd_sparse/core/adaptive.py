@@ -8,7 +8,7 @@ gradient would (`TopK.descent`, `SignTopK.descent`, `Stochastic.descent`); `cost
 what their payload costs (`hvd_sparse.core.costs`).
 
 How this costs about as much as a fixed T: selection by magnitude needs no norm of the
-whole gradient, which divides all efficiencies alike. So a third more than last time are
+whole gradient, which divides all efficiencies alike. So a tenth more than last time are
 selected, in the one pass that TopK takes. Efficiencies are worked out from them and
 from the others, of which a large gradient's are sampled, 1 in 257. If the best T is
 among those looked at, what is beyond it returns to the residual; if not, a tenth more
@@ -17,7 +17,9 @@ than T are looked at.
 T comes from sizes a quarter apart in bytes, those to which Horovod doors pad payloads:
 collectives' cached plans survive. Efficiency is flat at its maximum as a rule, so that
 the grid costs little; where it costs more than 1 %, as for signs of a gradient that has
-few elements, all of one size, T is where the magnitudes fall instead.
+few elements, all of one size, T is where the magnitudes fall instead. It is so flat
+that T would jump by factors from step to step: the last one stays while within 1 % of
+the best.
 """
 
 import math
@@ -54,8 +56,7 @@ from hvd_sparse.core.sparsifiers import (
 from hvd_sparse.core.stochastic import Stochastic, levels_of, most_expected
 from hvd_sparse.kernels import kernels_for
 
-_FARTHER = 1.3  # one size of the grid more than last time, and a little
-_BEYOND = 1.1  # of what seems best: what is sampled is not known exactly
+_BEYOND = 1.1  # of what was best, or seems so: what is sampled is not known exactly
 _SMALL = 1 << 12  # elements of a gradient for which all costs are remembered
 _FEW = 4  # sizes, all of which are filled up
 _SAMPLED = 1 << 16  # elements, of which all are looked at
@@ -213,13 +214,22 @@ class CAT(Selecting):
 
     # ----------------------------------------------- exactness, which ExactCAT changes
 
-    def best(self, levels: Levels, message: Message, least: int, most: int) -> int:
-        """The number of elements of most descent for its cost; the fewest of equals."""
+    def best(
+        self, levels: Levels, message: Message, least: int, most: int, last: int = 0
+    ) -> int:
+        """The number of elements of most descent for its cost; the fewest of equals.
+
+        Or as many as last time, if these are about as good.
+        """
         sizes, costs = _coarse(self.cost, message, most)
-        first = np.searchsorted(sizes, least)
-        size, efficiency = self._best_of(levels, sizes[first:], costs[first:])
+        first, stay = sizes.searchsorted((least, last))
+        efficiencies = self.scheme.descent(levels, sizes) / costs
+        place = first + int(np.argmax(efficiencies[first:]))
         fine, best = self._finest(levels, message, least, most)
-        return fine if efficiency < _AS_GOOD * best else size
+        enough = _AS_GOOD * max(best, efficiencies[place])
+        if first <= stay < sizes.size and sizes[stay] == last:
+            place = stay if efficiencies[stay] >= enough else place
+        return int(sizes[place]) if efficiencies[place] >= enough else fine
 
     def _finest(
         self, levels: Levels, message: Message, least: int, most: int
@@ -264,7 +274,7 @@ class CAT(Selecting):
     def begin(self, n: int, chosen: int) -> int:
         """How many of the largest to look at first."""
         if chosen:
-            return math.ceil(_FARTHER * chosen)
+            return math.ceil(_BEYOND * chosen)
         return elements(fixed_density(self.scheme) or 1.0, n)
 
 
@@ -276,8 +286,11 @@ class ExactCAT(CAT):
     Slow: for tests, and for comparisons with the paper.
     """
 
-    def best(self, levels: Levels, message: Message, least: int, most: int) -> int:
+    def best(
+        self, levels: Levels, message: Message, least: int, most: int, last: int = 0
+    ) -> int:
         """The number of elements of most descent for its cost; the fewest of equals."""
+        del last
         sizes = np.arange(least, most + 1, dtype=np.int64)
         costs = _every_cost(self.cost, message, most)[least - 1 :]
         return self._best_of(levels, sizes, costs)[0]
@@ -369,4 +382,4 @@ class Choice(Selecting):
         dtype = "float64" if residual.dtype.itemsize == 8 else "float32"
         least, most = self.bounds(n, k)
         message = Message(self.cat.counted, dtype, n)
-        return self.cat.best(levels, message, least, most)
+        return self.cat.best(levels, message, least, most, self.chosen)
