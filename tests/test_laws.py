@@ -7,7 +7,9 @@ import copy
 import math
 import pickle
 import random
+from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -898,16 +900,26 @@ def test_an_error_between_selection_and_exchange_loses_nothing(
     np.testing.assert_array_equal(path.memory.residuals["w"], gradient)
 
 
-@pytest.mark.parametrize("sparsifier", [TopK(0.2), Threshold(5.0)], ids=repr)
-@pytest.mark.parametrize("n", [20, 1 << 18])
-def test_a_selection_without_memory_on_the_host_loses_nothing(
-    sparsifier: Any, n: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def keeps_all_when(fails: Callable[[], None], sparsifier: Any, n: int) -> None:
+    """From the second step on there is no memory to select with."""
     path = Ranks(1, sparsifier).paths[0]
     gradient = np.arange(1, n + 1, dtype=np.float32)
     send(path, gradient)  # in place or not, it is in the residual, and then sent
     path.roll_back([path.plan.tensors["w"].flight])
     before = path.memory.residuals["w"].copy()
+    fails()
+    given = gradient.copy()
+    with pytest.raises(MemoryError):
+        send(path, given, in_place=["w"])
+    np.testing.assert_array_equal(path.memory.residuals["w"], before + gradient)
+    assert not given.any()  # all of it is in the residual
+
+
+@pytest.mark.parametrize("sparsifier", [TopK(0.2), Threshold(5.0)], ids=repr)
+@pytest.mark.parametrize("n", [20, 1 << 18])
+def test_a_selection_without_memory_on_the_host_loses_nothing(
+    sparsifier: Any, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     buffers, asked = candidates.buffers, []
 
     def fail_once(*arguments: Any) -> Any:
@@ -916,30 +928,16 @@ def test_a_selection_without_memory_on_the_host_loses_nothing(
             raise MemoryError
         return buffers(*arguments)
 
-    monkeypatch.setattr(candidates, "buffers", fail_once)
-    given = gradient.copy()
-    with pytest.raises(MemoryError):
-        send(path, given, in_place=["w"])
-    np.testing.assert_array_equal(path.memory.residuals["w"], before + gradient)
-    assert not given.any()  # all of it is in the residual
+    fails = partial(monkeypatch.setattr, candidates, "buffers", fail_once)
+    keeps_all_when(fails, sparsifier, n)
 
 
 def test_a_draw_without_memory_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = Ranks(1, RandomK(0.2)).paths[0]
-    gradient = np.arange(1, 21, dtype=np.float32)
-    send(path, gradient)
-    path.roll_back([path.plan.tensors["w"].flight])
-    before = path.memory.residuals["w"].copy()
-
     def fail(*arguments: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(host, "random_indices", fail)
-    given = gradient.copy()
-    with pytest.raises(MemoryError):
-        send(path, given, in_place=["w"])
-    np.testing.assert_array_equal(path.memory.residuals["w"], before + gradient)
-    assert not given.any()  # all of it is in the residual
+    fails = partial(monkeypatch.setattr, host, "random_indices", fail)
+    keeps_all_when(fails, RandomK(0.2), 20)
 
 
 def test_a_selection_without_memory_on_a_device_loses_nothing(
