@@ -17,9 +17,9 @@ than T are looked at.
 T comes from sizes a quarter apart in bytes, those to which Horovod doors pad payloads:
 collectives' cached plans survive. Efficiency is flat at its maximum as a rule, so that
 the grid costs little; where it costs more than 1 %, as for signs of a gradient that has
-few elements, all of one size, T is where the magnitudes fall instead. It is so flat
-that T would jump by factors from step to step: the last one stays while within 1 % of
-the best.
+few elements, all of one size, T is where the magnitudes fall instead. Flat as it is, T
+would jump by factors from step to step: the last one stays while within 1 % of the
+best efficiency.
 """
 
 import math
