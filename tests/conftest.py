@@ -3,6 +3,7 @@
 A fixture is one table of `laws`, so that a new row is tested at once.
 """
 
+import gc
 import os
 import signal
 import warnings
@@ -30,6 +31,7 @@ collect_ignore = ["counting.py", "members.py", "programs"]
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("hvd_sparse")
     group.addoption("--quick", action="store_true", help="of each test one row")
+    group.addoption("--rows", type=int, help="of each test so many rows at most")
     group.addoption("--thorough", action="store_true", help="laws draw all examples")
 
 
@@ -64,19 +66,36 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    """With --quick, of each table the row that its name draws, on every rank alike.
+    """Of each table the rows that their names draw, on every rank alike.
 
-    A table is one test with all its parameters, or all of a file that start jobs.
+    A table is one test with all its parameters; with --quick, all of a file that start
+    jobs.
     """
-    if not config.getoption("--quick"):
+    quick = config.getoption("--quick")
+    most = 1 if quick else config.getoption("--rows")
+    if most is None:
         return
     tables = defaultdict(list)
     for item in items:
-        end = "::" if item.get_closest_marker("jobs") else "["
-        tables[item.nodeid.partition(end)[0]].append(item)
-    taken = [rows[crc32(name.encode()) % len(rows)] for name, rows in tables.items()]
-    config.hook.pytest_deselected(items=[i for i in items if i not in set(taken)])
-    items[:] = taken
+        file_only = quick and item.get_closest_marker("jobs")
+        tables[item.nodeid.partition("::" if file_only else "[")[0]].append(item)
+    taken = {i for rows in tables.values() for i in sorted(rows, key=drawn)[:most]}
+    config.hook.pytest_deselected(items=[i for i in items if i not in taken])
+    items[:] = [i for i in items if i in taken]
+
+
+def drawn(item: pytest.Item) -> int:
+    """A number that says which rows of a table are taken first: the same everywhere."""
+    return crc32(item.nodeid.encode())
+
+
+def pytest_collection_finish() -> None:
+    """What was imported lives on: collections of garbage pass over it.
+
+    Where TensorFlow is, they take most of a test otherwise that asks for states.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

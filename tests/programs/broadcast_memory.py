@@ -15,7 +15,7 @@ import numpy as np
 from mpi4py import MPI
 
 comm = MPI.COMM_WORLD
-WIDTH, LAYERS = 1448, 16  # a weight of 8 MiB
+WIDTH, LAYERS = 1448, 6  # a weight of 8 MiB
 
 
 def resident(which):
