@@ -27,6 +27,31 @@ def word_at(typingctx: Any, data: Any, at: Any) -> Any:
     return types.uint64(data, types.int64), codegen
 
 
+@intrinsic
+def _overwrite(typingctx: Any, data: Any, at: Any, word: Any) -> Any:
+    """Eight bytes from this one on, wherever they lie."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array, at, word = arguments
+        first = context.make_array(signature.args[0])(context, builder, array).data
+        place = builder.bitcast(builder.gep(first, [at]), _LONG.as_pointer())
+        builder.store(word, place, align=1)
+        return context.get_dummy_value()
+
+    return types.void(data, types.int64, types.uint64), codegen
+
+
+@jit
+def put_word(data: Any, at: int, word: Any) -> None:
+    """Overwrites eight bytes, from this one on; as many as there are."""
+    if at + 8 <= data.size:
+        _overwrite(data, at, word)
+    else:  # behind the end all is zeros, or somebody else's
+        for i in range(at, data.size):
+            data[i] = np.uint8(word & np.uint64(255))
+            word >>= np.uint64(8)
+
+
 @jit
 def bits_at(data: Any, at: int, count: int) -> Any:
     """Bits [at, at + count) of (bytes,) uint8 as a uint64; at most 56 of them."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hvd_sparse.kernels.coding import shift, unary_bits
-from hvd_sparse.kernels.host.bits import AT_ONCE, bits_at, word_at
+from hvd_sparse.kernels.host.bits import AT_ONCE, bits_at, put_word, word_at
 from hvd_sparse.kernels.host.jit import jit
 from hvd_sparse.kernels.host.simd import bit_count, lowest_bit
 
@@ -19,18 +19,27 @@ from hvd_sparse.kernels.host.simd import bit_count, lowest_bit
 def write_indices(data: Any, indices: Any, n: int) -> None:
     """Overwrites data with (k,) ascending indices below n."""
     data[:] = 0
-    k = indices.size
-    low = shift(n, k)
-    unary = unary_bits(n, k, low)
-    for i in range(k):
-        at = (np.int64(indices[i]) >> low) + i
-        data[at >> 3] |= np.uint8(1 << (at & 7))
-    _write_low_bits(data, unary, indices, low)
+    low = shift(n, indices.size)
+    _write_high_parts(data, indices, low)
+    _write_low_bits(data, unary_bits(n, indices.size, low), indices, low)
+
+
+@jit
+def _write_high_parts(data: Any, indices: Any, low: int) -> None:
+    """Into zeros: ones that fall into the same eight bytes are stored at once."""
+    byte, word = 0, np.uint64(0)
+    for i in range(indices.size):
+        one = (int(indices[i]) >> low) + i
+        if one >= 8 * byte + 64:
+            put_word(data, byte, word)
+            byte, word = one >> 3, np.uint64(0)
+        word |= np.uint64(1) << np.uint64(one - 8 * byte)
+    put_word(data, byte, word)
 
 
 @jit
 def _write_low_bits(data: Any, at: int, indices: Any, low: int) -> None:
-    """From this bit on; what is in its byte before it stays."""
+    """From this bit on, into zeros; what is in its byte before it stays."""
     if low == 0:
         return
     mask = np.uint64((1 << low) - 1)
@@ -39,12 +48,11 @@ def _write_low_bits(data: Any, at: int, indices: Any, low: int) -> None:
     for i in range(indices.size):
         word |= (np.uint64(indices[i]) & mask) << np.uint64(held)
         held += low
-        while held >= 8:
-            data[byte] = np.uint8(word & np.uint64(255))
-            word >>= np.uint64(8)
-            byte, held = byte + 1, held - 8
-    if held:
-        data[byte] = np.uint8(word)
+        if held >= 32:
+            put_word(data, byte, word)
+            word >>= np.uint64(32)
+            byte, held = byte + 4, held - 32
+    put_word(data, byte, word)
 
 
 @jit
