@@ -309,7 +309,7 @@ def main() -> None:
         return
     end_in_order(600 if arguments.quick else 3600)
     steps: list[dict] = []
-    rounds = 10 if arguments.quick else arguments.rounds
+    rounds = min(10, arguments.rounds) if arguments.quick else arguments.rounds
     length = arguments.length or find_length()
     options = ["--rounds", str(rounds), "--length", str(length)]
     options += ["--int32"] * arguments.int32
