@@ -81,8 +81,9 @@ class SparseAllreduce:
 
         Args:
             sparsifier: TopK, RandomK, Threshold or your own; the same on every rank.
-            comm: an mpi4py communicator, or one of hvd_sparse.loopback; MPI.COMM_WORLD
-                unless given.
+            comm: an mpi4py communicator, a process group of torch.distributed, which
+                needs no MPI, or one of hvd_sparse.loopback. Unless given all ranks: of
+                torch.distributed where that is initialized, else MPI.COMM_WORLD.
             op: hvd_sparse.Average over the ranks of comm, or hvd_sparse.Sum.
             dense: which tensors go dense: WhenCheaper() or Never().
             values: how values travel: Float32(), Float16(), BFloat16(), Int8(), Int4(),
@@ -100,7 +101,9 @@ class SparseAllreduce:
         Raises:
             TypeError: comm is no communicator, sparsifier can not select, or scaler can
                 not be asked.
-            ValueError: op or timeout_s is out of range.
+            ValueError: op or timeout_s is out of range; this rank is not in comm; or
+                it is one of several of torchrun, and torch.distributed is not
+                initialized.
         """
         self._exchange = MpiExchange(comm, timeout_s)
         try:

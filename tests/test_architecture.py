@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     ".forecast": {".core", ".table", ".transport"},
     ".": {".advice", ".carriers", ".core", ".forecast"},
     ".arrays": {".core", "numpy"},
-    ".transport": {".core", "numpy", "mpi4py"},
+    ".transport": {".core", "numpy", "mpi4py", "torch"},
     ".loopback": {".core", ".transport"},
     ".mpi": {".arrays", ".core", ".transport", "numpy"},
     ".torch": {*INTEGRATION, ".kernels", "torch", "ml_dtypes"},

@@ -31,8 +31,7 @@ def broadcast_parameters(
         params: model.state_dict(), or pairs of name and tensor; the same names, shapes
             and dtypes on every rank. What is no tensor is left alone.
         root: the rank whose values all take.
-        comm: an mpi4py communicator, or one of hvd_sparse.loopback; MPI.COMM_WORLD
-            unless given.
+        comm: as of DistributedOptimizer.
         timeout_s: seconds to wait for peers without anything that arrives.
 
     Raises:
@@ -65,8 +64,7 @@ def broadcast_optimizer_state(
     Args:
         optimizer: distributed or not; the same parameters on every rank.
         root: the rank whose state all take.
-        comm: an mpi4py communicator, or one of hvd_sparse.loopback; MPI.COMM_WORLD
-            unless given.
+        comm: as of DistributedOptimizer.
         timeout_s: seconds to wait for peers without anything that arrives.
 
     Raises:

@@ -59,8 +59,9 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
         named_parameters: model.named_parameters(), of the whole model, so that what
             add_param_group adds later has a name; names must be unique and cover what
             the optimizer holds. Without it parameters are named by their place.
-        comm: an mpi4py communicator, or one of hvd_sparse.loopback; MPI.COMM_WORLD
-            unless given.
+        comm: an mpi4py communicator, a process group of torch.distributed, which
+            needs no MPI, or one of hvd_sparse.loopback. Unless given all ranks: of
+            torch.distributed where that is initialized, else MPI.COMM_WORLD.
         op: hvd_sparse.Average over the ranks of comm, or hvd_sparse.Sum.
         dense: which tensors go dense: WhenCheaper() or Never().
         values: how values travel: Float32(), Float16(), BFloat16(), Int8(), Int4(),
@@ -84,7 +85,8 @@ def DistributedOptimizer(  # noqa: N802  # a constructor by name, as in Horovod
         TypeError: not an optimizer, or one that is distributed already,
             named_parameters are no pairs of a name and a tensor, or scaler can not be
             asked for its scale.
-        ValueError: names are not unique, or missing.
+        ValueError: names are not unique, or missing; or this is one of several ranks
+            of torchrun, and torch.distributed is not initialized.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         kind = type(optimizer).__name__

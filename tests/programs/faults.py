@@ -1,6 +1,9 @@
 """Rank 1 does something wrong in the middle of a step; run by tests/test_faults.py.
 
 mpirun -np 2 python tests/programs/faults.py FAULT
+RANK=0 WORLD_SIZE=2 python tests/programs/faults.py FAULT STORE    # and so on
+
+With a store, a file, ranks are those of torch.distributed, over gloo.
 """
 
 import logging
@@ -8,16 +11,30 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 
 import numpy as np
-from mpi4py import MPI
 
 import hvd_sparse
 import hvd_sparse.mpi
 from hvd_sparse.transport.mpi import failure
 
-comm = MPI.COMM_WORLD
-fault = sys.argv[1]
+fault, *store = sys.argv[1:]
+if store:
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        "gloo",
+        f"file://{store[0]}",
+        timedelta(seconds=10),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
+    comm, rank = dist.group.WORLD, dist.get_rank()
+else:
+    from mpi4py import MPI
+
+    comm, rank = MPI.COMM_WORLD, MPI.COMM_WORLD.rank
 
 
 def make():
@@ -26,7 +43,7 @@ def make():
     )
 
 
-if fault == "construct" and comm.rank == 1:
+if fault == "construct" and rank == 1:
     sys.exit(0)
 reduce = make()
 gradient = np.ones(100, np.float32)
@@ -34,7 +51,7 @@ gradient = np.ones(100, np.float32)
 
 def say(text):
     """One write a line, so that lines of two ranks do not mix."""
-    os.write(2, f"rank {comm.rank}: {text}\n".encode())
+    os.write(2, f"rank {rank}: {text}\n".encode())
 
 
 def refuse(record):
@@ -43,7 +60,7 @@ def refuse(record):
 
 
 sent_once = reduce.allreduce("layer", gradient).sum()
-if comm.rank == 1:
+if rank == 1:
     if fault in ("pause", "unread"):
         os.kill(os.getpid(), signal.SIGSTOP)
     elif fault == "kill":
@@ -60,6 +77,9 @@ if comm.rank == 1:
     elif fault == "several":
         others = [make() for _ in range(5)]
         raise ZeroDivisionError("while it holds six exchanges")
+    elif fault == "recover":
+        dist.barrier()  # its peer has given up by then
+        reduce = make()
     elif fault == "warning":
         time.sleep(1)  # this is the fault: the peer warns, and its warning is an error
 elif fault == "several":
@@ -86,5 +106,9 @@ except hvd_sparse.ExchangeError as error:
     say(f"ExchangeError: {error}")
     if fault == "swallow":
         say("goes on")
+    if fault == "recover":
+        dist.barrier()
+        say(f"recovered: {make().allreduce('layer', gradient).sum():g}")
+        sys.exit(0)
     raise
 say("did not notice")

@@ -1,9 +1,10 @@
-"""What carries a step: mpi4py, or any other `Communicator`.
+"""What carries a step: mpi4py, torch.distributed, or any other `Communicator`.
 
 mpi4py is imported at first use, since importing it starts MPI.
 """
 
 import copy
+import math
 import os
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from hvd_sparse.transport import process_group
 from hvd_sparse.transport.contract import Arrived, Communicator
 from hvd_sparse.transport.mpi import failure
 
@@ -28,18 +30,27 @@ if not any(name in os.environ for name in LAUNCHER_VARIABLES):
     os.environ.setdefault("OMPI_MCA_ess_singleton_isolated", "1")
 
 
-def communicator_of(comm: Any) -> Communicator:
+def communicator_of(comm: Any, timeout_s: float = math.inf) -> Communicator:
     """What the exchange calls, of what users give as `comm`.
 
     Args:
-        comm: an mpi4py communicator, MPI.COMM_WORLD if None, or any `Communicator`.
+        comm: an mpi4py communicator, a process group of torch.distributed, or any
+            `Communicator`. None is all ranks: of torch.distributed where that is
+            initialized, else MPI.COMM_WORLD.
+        timeout_s: how long the exchange waits for peers.
 
     Raises:
         TypeError: it is none of these, or an intercommunicator.
+        ValueError: this rank is not in the group, or would train alone.
         ImportError: mpi4py or its library is missing.
     """
     if isinstance(comm, Communicator) and not isinstance(comm, type):
         return comm
+    if comm is None:
+        by_mpi = any(name in os.environ for name in LAUNCHER_VARIABLES)
+        comm = process_group.all_ranks(by_mpi)
+    if process_group.is_process_group(comm):
+        return process_group.ProcessGroupCommunicator(comm, timeout_s)
     mpi = _mpi()
     comm = mpi.COMM_WORLD if comm is None else comm
     if not isinstance(comm, mpi.Comm) or comm == mpi.COMM_NULL:

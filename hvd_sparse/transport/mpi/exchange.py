@@ -34,7 +34,7 @@ class MpiExchange:
         """Duplicate the communicator; collective over comm.
 
         Args:
-            comm: an mpi4py communicator, MPI.COMM_WORLD if None, or any `Communicator`.
+            comm: as of `communicator_of`.
             timeout_s: seconds to wait for peers in a step.
 
         Raises:
@@ -43,7 +43,7 @@ class MpiExchange:
             ExchangeError: a peer did not make its exchange in time.
         """
         self._deadline = Deadline(timeout_s)
-        given = communicator_of(comm)
+        given = communicator_of(comm, timeout_s)
         self.rank, self.size = given.rank, given.size
         self._comm = self._duplicate(given)
         self._buffers = Buffers(self.size)
