@@ -18,7 +18,7 @@ from hvd_sparse.core.path import GradientPath
 from hvd_sparse.core.routing import Dense, WhenCheaper
 from hvd_sparse.core.traffic import Traffic
 from hvd_sparse.core.values import Values
-from hvd_sparse.transport.mpi.agreement import Row
+from hvd_sparse.transport.mpi.agreement import row_of
 from hvd_sparse.transport.mpi.exchange import MpiExchange
 from hvd_sparse.transport.mpi.measurement import measure
 
@@ -233,7 +233,7 @@ class SparseAllreduce:
 
     def _open(self) -> None:
         self._under_way = True
-        rows = [_row(flight) for flight in self._flights]
+        rows = [row_of(flight) for flight in self._flights]
         rows += [(n, b.shape, b.dtype, 0, b.route, 0) for n, b in self._blobs.items()]
         with self._nothing_lost():
             self._exchange.open(rows, self._path.plan.agreed)
@@ -445,9 +445,3 @@ class SparseAllreduce:
         """Freeing is collective: a rank that failed must not wait for its peers."""
         if error is None:
             self.close()
-
-
-def _row(flight: Flight) -> Row:
-    tensor = flight.tensor
-    header = tensor.header
-    return tensor.name, tensor.shape, tensor.dtype, header.k, tensor.route, header.step

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     ".transport": {".core", "numpy", "mpi4py", "torch"},
     ".loopback": {".core", ".transport"},
     ".mpi": {".arrays", ".core", ".transport", "numpy"},
-    ".torch": {*INTEGRATION, ".kernels", "torch", "ml_dtypes"},
+    ".torch": {*INTEGRATION, ".arrays", ".kernels", "torch", "ml_dtypes"},
     ".tensorflow": {*INTEGRATION, "tensorflow", "mpi4py"},
     ".warm_up": {".core", ".kernels", "numpy"},
     ".doctor": {

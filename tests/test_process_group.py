@@ -3,6 +3,7 @@
 These start processes themselves, because the whole job ends.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from launching import START_S, Ended, launch_without, run
 
 from hvd_sparse.transport.mpi.communicator import LAUNCHER_VARIABLES
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "ddp.py"
 DEADLINE_S = 5  # what the program gives its peers
 
 pytestmark = pytest.mark.jobs
@@ -73,6 +75,34 @@ def test_a_job_that_goes_on_with_another_exchange_ends_well(tmp_path: Path) -> N
     assert job.code == 0, job.errors
 
 
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("pause", r"step \d+: rank 0 gave up after 5"),
+        ("group", "a peer is gone, or did not arrive in time"),
+        ("kill", "a peer is gone"),
+        ("absent", "a peer is gone"),
+        ("raise", "rank 1 raised ZeroDivisionError: in the backward pass"),
+        ("select", "rank 1 raised MemoryError: in a sparsifier"),
+        ("differ", r"TopK\(density=0\.2\)"),
+    ],
+)
+def test_under_ddp_what_goes_wrong_in_a_step_is_an_error(
+    kind: str, told: str, tmp_path: Path
+) -> None:
+    job = launch_without(
+        "ddp_faults.py",
+        kind,
+        str(tmp_path / "store"),
+        ranks=2,
+        timeout_s=DEADLINE_S + START_S,
+    )
+    assert job.code != 0
+    assert re.search(rf"rank 0: ExchangeError: .*{told}", job.errors), job.errors
+    assert "did not notice" not in job.errors
+    assert "terminate called" not in job.errors
+
+
 STEP = """
 import sys, tempfile, torch, torch.distributed as dist
 import hvd_sparse.torch as sparse
@@ -112,3 +142,14 @@ def test_a_rank_of_torchrun_does_not_train_alone() -> None:
     assert "ValueError: torch.distributed must be initialized, by init" in job.errors
     alone = python("step()", TORCHELASTIC_RUN_ID="any", WORLD_SIZE="1", RANK="0")
     assert alone.code == 0 or "mpi4py" in alone.errors  # MPI's one rank, where it is
+
+
+def test_the_example_trains_under_torchrun() -> None:
+    torchrun = str(Path(sys.executable).parent / "torchrun")
+    job = run(
+        [torchrun, "--nproc-per-node", "2", str(EXAMPLE), "--steps", "10"], 4 * START_S
+    )
+    assert job.code == 0, job.errors
+    found = re.search(r"compression ratio +([\d.]+)", job.output)
+    assert found, job.output
+    assert float(found[1]) > 40

@@ -47,9 +47,11 @@ with needs("torch", extra="torch"):
         broadcast_optimizer_state,
         broadcast_parameters,
     )
+    from hvd_sparse.torch.ddp import SparseState, sparse_hook
     from hvd_sparse.torch.horovod import SparseCompressor
     from hvd_sparse.torch.measuring import measure
     from hvd_sparse.torch.mpi import DistributedOptimizer
+    from hvd_sparse.torch.registering import register
 
 __all__ = [
     "CAT",
@@ -76,6 +78,7 @@ __all__ = [
     "Sign",
     "SignTopK",
     "SparseCompressor",
+    "SparseState",
     "Stochastic",
     "Sum",
     "Threshold",
@@ -86,4 +89,6 @@ __all__ = [
     "broadcast_parameters",
     "checkpoint_path",
     "measure",
+    "register",
+    "sparse_hook",
 ]

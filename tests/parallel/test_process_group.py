@@ -25,17 +25,6 @@ RANKS = MPI.COMM_WORLD
 pytestmark = pytest.mark.ranks
 
 
-@pytest.fixture(scope="module", autouse=True)
-def world(tmp_path_factory):
-    """All ranks; rank 0 has the store."""
-    folder = RANKS.bcast(str(tmp_path_factory.mktemp("store")))
-    dist.init_process_group(
-        "gloo", f"file://{folder}/store", rank=RANKS.rank, world_size=RANKS.size
-    )
-    yield dist.group.WORLD
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("law", [*GATHERING, *UNEVEN], ids=lambda law: law.__name__)
 def test_payloads_are_gathered(law, world):
     law(OverMpi(communicator_of(world)))

@@ -3,6 +3,7 @@
 | where | what |
 |---|---|
 | `exchange` | START HERE: what the path calls, and how a step goes on |
+| `buckets` | the same, for steps whose buckets leave one by one |
 | `protocol` | what ranks say to each other in a step |
 | `agreement` | what they must have alike, and who is to blame |
 | `buffers` | how payloads and dense tensors lie in memory |

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from struct import Struct
 
+from hvd_sparse.core.flight import Flight
+
 _FORMAT = Struct("<4sBB2xqq16s")
 _MAGIC = b"HVSA"
 _VERSION = 2
@@ -20,6 +22,13 @@ STEP_HEADER_BYTES = _FORMAT.size
 
 Row = tuple[str, tuple[int, ...], str, int, str, int]
 ROW_FIELDS = ("name", "shape", "dtype", "k", "route", "step")
+
+
+def row_of(flight: Flight) -> Row:
+    """What ranks must have alike of a tensor that is sent."""
+    tensor = flight.tensor
+    header = tensor.header
+    return tensor.name, tensor.shape, tensor.dtype, header.k, tensor.route, header.step
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,14 @@ class Buffers:
 
     # ------------------------------------------------------------------- on the way out
 
+    def add_dense(self, gradient: Any) -> int:
+        """To be reduced: (n,), on host or device. Returns its place."""
+        if not isinstance(gradient, np.ndarray):  # MPI reduces in host memory
+            narrow = gradient.dtype.itemsize < 4
+            gradient = (gradient.float() if narrow else gradient).cpu().numpy()
+        self.tensors.append(gradient)
+        return len(self.tensors) - 1
+
     def close(self) -> int:
         """All is there: copies what is reduced. Returns bytes to gather from here."""
         self._frame = Frame(self.payloads) if self.payloads else None

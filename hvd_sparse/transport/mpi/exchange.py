@@ -9,7 +9,6 @@ taken back (see `failure`), so the exchange refuses further use.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from hvd_sparse.core.contracts import ExchangeError, Located
@@ -68,7 +67,11 @@ class MpiExchange:
 
     def _forget(self) -> None:
         self._buffers.clear()
-        self._payloads = self._buffers.payloads  # of the next step
+        self._use(self._buffers)
+
+    def _use(self, buffers: Buffers) -> None:
+        """For the next step."""
+        self._buffers, self._payloads = buffers, buffers.payloads
         self._deadline.forget()
         self._protocol: protocol.Steps[None] | None = None
         self._what = ""
@@ -101,12 +104,7 @@ class MpiExchange:
     def start_dense(self, name: str, gradient: Array) -> int:
         """Add a tensor to the dense allreduce of the step; (n,), on host or device."""
         del name
-        if not isinstance(gradient, np.ndarray):  # MPI reduces in host memory
-            narrow = gradient.dtype.itemsize < 4
-            gradient = (gradient.float() if narrow else gradient).cpu().numpy()
-        tensors = self._buffers.tensors
-        tensors.append(gradient)
-        return len(tensors) - 1
+        return self._buffers.add_dense(gradient)
 
     def finish_dense(self, handle: int) -> tuple[Array, int]:
         """The sum over ranks, float32 or float64, and its bytes."""
@@ -214,7 +212,7 @@ class MpiExchange:
         """
         self._deadline.start()
         try:
-            for _ in self.reporting(error):
+            for _ in self._telling(error):
                 self._pause_or_give_up()
         except BaseException as another:  # Ctrl-C, say: it is not waited for any more
             self.interrupt(f"{type(another).__name__} while it told its peers")
@@ -222,6 +220,9 @@ class MpiExchange:
 
     def reporting(self, error: BaseException) -> Iterator[None]:
         """What `report` does, as an iterator that ends when the peers have heard."""
+        return self._telling(error)
+
+    def _telling(self, error: BaseException) -> Iterator[None]:
         if self._refusal or self.size == 1:
             return
         while not self.advance():  # peers are in it too; the next is for the report
