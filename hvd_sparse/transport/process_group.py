@@ -9,6 +9,7 @@ import itertools
 import os
 import sys
 import threading
+from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -27,6 +28,10 @@ _LOOK = timedelta(milliseconds=50)  # to wait for a collective until the next lo
 # gloo gives up later than the exchange, whose error says more; and this long a process
 # may need to end, since gloo's end waits for what is under way
 _LATER_S = 2.0
+# Collectives that are kept when they are done: a thread of gloo lets go of each a little
+# later. If it is the last to, it needs the interpreter for their tensors, and a process
+# that is ending by then dies of that: "terminate called without an active exception".
+_KEPT = 8
 _attributes: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
 
 
@@ -94,6 +99,7 @@ class ProcessGroupCommunicator:
         self.size: int = group.size()
         self._gloo: Any = None  # of a duplicate
         self._under_way: list[Any] = []
+        self._kept: deque[Any] = deque(maxlen=_KEPT)
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -108,7 +114,7 @@ class ProcessGroupCommunicator:
         """
         names = self.attributes.setdefault("hvd_sparse duplicates", itertools.count())
         duplicate = copy.copy(self)
-        duplicate._under_way = []
+        duplicate._under_way, duplicate._kept = [], deque(maxlen=_KEPT)
         meeting = _Meeting(duplicate, f"hvd_sparse/{next(names)}")
         return duplicate, meeting.is_over
 
@@ -166,6 +172,7 @@ class ProcessGroupCommunicator:
         except RuntimeError as error:
             raise _lost(error) from error
         self._under_way.append(work)
+        self._kept.append(work)
 
         def arrived() -> bool:
             if not work.is_completed():
