@@ -102,8 +102,7 @@ class SparseState:
         with Uninterrupted():
             reducer = self._reducer or self.attach(_model_of(self))
             if self._is_dense(bucket):
-                averaged: Any = allreduce_hook
-                future = averaged(self._group, bucket)
+                future = self._all_reduce(bucket)
             else:
                 future = reducer.send(bucket)
             if bucket.is_last():
@@ -115,6 +114,14 @@ class SparseState:
         """At first; and rows of an embedding, which come in a bucket of their own."""
         sparse = bucket.buffer().layout is not torch.strided
         return sparse or self._steps < self._start_iter
+
+    def _all_reduce(self, bucket: Any) -> Any:
+        """DDP's own average; or the sum."""
+        if self._path_given["op"] == Average:
+            averaged: Any = allreduce_hook
+            return averaged(self._group, bucket)
+        work = dist.all_reduce(bucket.buffer(), group=self._group, async_op=True)
+        return work.get_future().then(lambda done: done.value()[0])
 
     def attach(self, model: Any) -> Reducer:
         """Meet the ranks of this model; collective. `register` and the hook call it.
@@ -223,7 +230,10 @@ def sparse_hook(  # DDP insists on these annotations, or none
 
 
 def _names(parameters: Iterable[tuple[str, Tensor]]) -> dict[Tensor, str]:
-    return {parameter: name.removeprefix("module.") for name, parameter in parameters}
+    """Without what DDP puts before the name of every parameter of its model."""
+    found = list(parameters)
+    prefix = "module." if all(n.startswith("module.") for n, _ in found) else ""
+    return {parameter: name.removeprefix(prefix) for name, parameter in found}
 
 
 def _model_of(state: SparseState) -> Any:

@@ -302,6 +302,40 @@ def test_the_first_steps_go_dense_where_that_is_asked():
     assert agree(model)
 
 
+def test_the_first_steps_are_sums_where_these_are_asked():
+    model, state = scaled(sparse.TopK(density=0.1), start_iter=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for step in range(4):
+        optimizer.zero_grad()
+        model(factors_of(step)).backward()
+        optimizer.step()
+    same(everything(model, state), given_so_far(range(4)))
+
+
+class Inside(Net):
+    """Of whose parameters some have the name that DDP puts before all."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = self.last
+        del self.sometimes, self.last
+
+    def forward(self, x):
+        return super().forward(x, "module")
+
+
+@pytest.mark.parametrize("of", ["the model", "DDP"])
+def test_names_are_those_of_the_model(of):
+    torch.manual_seed(0)
+    model = DistributedDataParallel(Inside())
+    given = {"named_parameters": model.named_parameters()} if of == "DDP" else {}
+    state = sparse.register(model, sparse.TopK(density=0.1), **given)
+    model(batch(0)).sum().backward()
+    names = {name for name, _ in model.module.named_parameters()}
+    assert "module.weight" in names
+    assert set(residuals(state)) == names
+
+
 def test_a_restart_continues_bitwise():
     def made():
         model = model_of()
