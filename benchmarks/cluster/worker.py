@@ -153,8 +153,17 @@ def ddp() -> tuple[Group, list[Method]]:
     def dense(network: nn.Module, number: int) -> Model:
         return Model(DistributedDataParallel(network), sgd(network))
 
+    def hooked(density: float) -> Callable[[nn.Module, int], Model]:
+        def wrapped(network: nn.Module, number: int) -> Model:
+            parallel = DistributedDataParallel(network)
+            sparse.register(parallel, sparse.TopK(density=density))
+            return Model(parallel, sgd(network))
+
+        return wrapped
+
     def low_rank(network: nn.Module, number: int) -> Model:
-        # in one bucket: over Gloo the hook's steps of several mix up between ranks
+        # in one bucket: over Gloo the hook's steps of several mix up between ranks.
+        # That is said for all models to come, so this one must be made last
         dist._DEFAULT_FIRST_BUCKET_BYTES = 1 << 30
         parallel = DistributedDataParallel(network, bucket_cap_mb=1 << 10)
         state = power.PowerSGDState(None, start_powerSGD_iter=2)
@@ -169,6 +178,8 @@ def ddp() -> tuple[Group, list[Method]]:
     return Group(rank, size, gather, dist.barrier), [
         Method("no-communication", None, alone),
         Method("ddp-gloo", None, dense),
+        Method("ddp-sparse", 0.01, hooked(0.01)),
+        Method("ddp-sparse", 0.001, hooked(0.001)),
         Method("ddp-powersgd", None, low_rank),
     ]
 
