@@ -10,6 +10,7 @@ of them; `reducer` has what happens then.
 """
 
 import gc
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -75,7 +76,7 @@ class SparseState:
 
         Raises:
             TypeError: scaler can not be asked for its scale.
-            ValueError: start_iter is negative.
+            ValueError: start_iter is negative, or names are not unique.
         """
         if start_iter < 0:
             raise ValueError(f"start_iter must be at least 0, got {start_iter}")
@@ -87,11 +88,14 @@ class SparseState:
             "indices": indices,
         }
         self._loss_scale = scale_of(scaler)
-        self._names = None if named_parameters is None else _names(named_parameters)
+        self._names = (
+            None if named_parameters is None else _given_names(named_parameters)
+        )
         self._group = process_group
         self._start_iter = start_iter
         self._timeout_s = timeout_s
         self._steps = 0  # complete
+        self._count = self._missing = -1  # parameters that DDP gives in a step
         self._waiting: dict[str, Any] = {}  # a state, loaded before ranks have met
         self._reducer: Reducer | None = None
 
@@ -103,9 +107,13 @@ class SparseState:
             reducer = self._reducer or self.attach(_model_of(self))
             if self._is_dense(bucket):
                 future = self._all_reduce(bucket)
+                reducer.beside(future)
             else:
                 future = reducer.send(bucket)
-            if bucket.is_last():
+            self._missing -= len(bucket.parameters())
+            # in its first step, DDP with static_graph calls no bucket the last
+            if bucket.is_last() or self._missing == 0:
+                self._missing = self._count
                 reducer.receive()
                 self._steps += 1
             return future
@@ -137,19 +145,24 @@ class SparseState:
             )
         self._names = self._names or _names(model.module.named_parameters())
         self._group = self._group or model.process_group
+        self._missing = self._count = _count(model, self._names)
         finds_unused = model is not None and (
             model.find_unused_parameters or model.static_graph
         )
-        self._reducer = Reducer(
+        reducer = Reducer(
             self._names,
             self._group,
             self._timeout_s,
             self._path_of,
             finds_unused=finds_unused,
         )
-        waiting, self._waiting = self._waiting, {}
-        self.load_state_dict(waiting)
-        return self._reducer
+        try:
+            self._load(reducer, self._waiting)
+        except BaseException as error:
+            reducer.exchange.report(error)  # peers may have better states
+            raise
+        self._reducer, self._waiting = reducer, {}
+        return reducer
 
     def _path_of(self, exchange: Exchange) -> GradientPath:
         given = dict(self._path_given)
@@ -187,15 +200,29 @@ class SparseState:
         """
         if self._reducer is None:
             self._waiting = dict(state)
-            return
+        else:
+            self._load(self._reducer, state)
+
+    def _load(self, reducer: Reducer, state: Mapping[str, Any]) -> None:
         if not state:
             return
-        own = f"rank {self._reducer.exchange.rank}"
-        if own not in state:
-            raise ValueError(f"state must be of {own}, got that of {', '.join(state)}")
-        self._reducer.path.residuals.load_state_dict(on_host(state[own]))
-        self._reducer.exchange.step = state[own]["step"]
+        own = f"rank {reducer.exchange.rank}"
+        if own not in state or "steps" not in state[own]:
+            found = ", ".join(map(str, state))
+            raise ValueError(f"state must be that of {own} in DDP, got {found}")
+        reducer.path.residuals.load_state_dict(on_host(state[own]))
+        reducer.exchange.step = state[own]["step"]
         self._steps = state[own]["steps"]
+
+    def _elsewhere(self) -> dict[str, Any]:
+        state = {**vars(self), "_waiting": self.state_dict()}
+        return {**state, "_reducer": None, "_names": None, "_group": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SparseState":
+        """For another model: of the same residuals, and of no ranks yet."""
+        copied = SparseState.__new__(SparseState)
+        vars(copied).update(self._elsewhere())
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the model and its ranks, which another process finds anew.
@@ -207,8 +234,7 @@ class SparseState:
             raise TypeError(
                 "a SparseState with scaler= can not be pickled: save its state_dict()"
             )
-        state = {**vars(self), "_waiting": self.state_dict()}
-        return {**state, "_reducer": None, "_names": None, "_group": None}
+        return self._elsewhere()
 
 
 def sparse_hook(  # DDP insists on these annotations, or none
@@ -230,10 +256,29 @@ def sparse_hook(  # DDP insists on these annotations, or none
 
 
 def _names(parameters: Iterable[tuple[str, Tensor]]) -> dict[Tensor, str]:
-    """Without what DDP puts before the name of every parameter of its model."""
+    return {parameter: name for name, parameter in parameters}
+
+
+def _given_names(parameters: Iterable[tuple[str, Tensor]]) -> dict[Tensor, str]:
+    """Without what DDP puts before the name of every parameter of its model.
+
+    Raises:
+        ValueError: names are not unique.
+    """
     found = list(parameters)
+    twice = [name for name, count in Counter(n for n, _ in found).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"named_parameters must have unique names, {twice[0]} is twice"
+        )
     prefix = "module." if all(n.startswith("module.") for n, _ in found) else ""
-    return {parameter: name.removeprefix(prefix) for name, parameter in found}
+    return _names((name.removeprefix(prefix), p) for name, p in found)
+
+
+def _count(model: Any, names: Mapping[Tensor, str]) -> int:
+    """Parameters that the buckets of a step have together."""
+    of_ddp = getattr(model, "_module_parameters", None)
+    return len(of_ddp or [p for p in names if p.requires_grad])
 
 
 def _model_of(state: SparseState) -> Any:

@@ -74,6 +74,7 @@ class Reducer:
         self._names = names
         self._finds_unused = finds_unused
         self._sent: list[Sent] = []
+        self._beside: list[Any] = []
         self._under_way = False
         self.exchange = BucketsExchange(group, timeout_s)
         try:
@@ -101,6 +102,11 @@ class Reducer:
             sent = Sent(bucket.buffer(), torch.futures.Future(), [], [], None)
         self._sent.append(sent)
         return sent.future
+
+    def beside(self, future: Any) -> None:
+        """Of a bucket of this step that goes another way, the same on every rank."""
+        if self.path.scaling.is_used:
+            self._beside.append(future)
 
     def _select(self, bucket: Any) -> Sent:
         if not self._under_way:
@@ -134,6 +140,7 @@ class Reducer:
             BaseException: what this rank raised when it sent.
         """
         sent, self._sent, self._under_way = self._sent, [], False
+        beside, self._beside = self._beside, []
         if not sent:
             return
         flights = [flight for one in sent for flight in one.flights]
@@ -141,6 +148,8 @@ class Reducer:
             self.exchange.wait()
             for one in sent:
                 self._hand_back(one)
+            if not all(_is_finite(future.wait()) for future in beside):
+                self.path.scaling.overflow()
         except BaseException:
             self.path.roll_back(flights)
             self.exchange.clear()
@@ -194,3 +203,8 @@ def _of(parameter: Tensor, gradient: Tensor) -> Tensor:
     if parameter.is_contiguous() or reach + 1 != parameter.numel():
         return gradient
     return gradient.as_strided(parameter.shape, parameter.stride())
+
+
+def _is_finite(result: Tensor) -> bool:
+    values = result.coalesce().values() if result.is_sparse else result
+    return bool(values.isfinite().all())

@@ -40,7 +40,10 @@ def register(model: Any, sparsifier: Sparsifier, **options: Any) -> SparseState:
             "hook of its own: use torch.autocast"
         )
     if getattr(model, "_comm_hooks", None):
-        raise ValueError("model has a communication hook already, and takes only one")
+        raise ValueError(
+            "model has a communication hook already, and takes only one; of a copy, "
+            "wrap its module anew"
+        )
     state = SparseState(sparsifier, **options)
     state.attach(model)
     model.register_comm_hook(state, sparse_hook)

@@ -4,8 +4,8 @@ Neither MPI nor Horovod is needed. The exchange is that of MPI (`transport.mpi`)
 file is what it calls of torch.distributed.
 """
 
+import atexit
 import copy
-import itertools
 import os
 import sys
 import threading
@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvd_sparse.core.contracts import ExchangeError
+from hvd_sparse.core.last_words import flush_output
 from hvd_sparse.transport.contract import Arrived, Communicator
 from hvd_sparse.transport.mpi import failure
 
@@ -28,8 +29,8 @@ _LOOK = timedelta(milliseconds=50)  # to wait for a collective until the next lo
 # gloo gives up later than the exchange, whose error says more; and this long a process
 # may need to end, since gloo's end waits for what is under way
 _LATER_S = 2.0
-# Collectives that are kept when they are done: a thread of gloo lets go of each a little
-# later. If it is the last to, it needs the interpreter for their tensors, and a process
+# Collectives that are kept when done: a thread of gloo lets go of each a little
+# later. If it is the last to, it needs the interpreter for its tensors, and a process
 # that is ending by then dies of that: "terminate called without an active exception".
 _KEPT = 8
 _attributes: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
@@ -47,18 +48,28 @@ def _is_outside(comm: Any) -> bool:
     return comm is _distributed().GroupMember.NON_GROUP_MEMBER
 
 
-def all_ranks(launched_by_mpi: bool) -> Any:
+def all_ranks(ranks_of_mpi: int) -> Any:
     """The group of all ranks where torch.distributed is initialized, or else None.
 
+    Args:
+        ranks_of_mpi: how many a launcher of MPI has started, 0 without one.
+
     Raises:
-        ValueError: it is not, and this process is one of several that torchrun, or
-            another launcher of torch.distributed, has started: it would train alone.
+        ValueError: it is initialized for fewer than these; or it is not, and this
+            process is one of several that torchrun, or another launcher of
+            torch.distributed, has started: ranks would train without each other.
     """
     dist = _distributed()
     if dist is not None and dist.is_initialized():
+        size = dist.get_world_size()
+        if size < ranks_of_mpi:
+            raise ValueError(
+                f"comm must be given where torch.distributed has {size} ranks, but "
+                f"{ranks_of_mpi} were started: MPI.COMM_WORLD, or a process group"
+            )
         return dist.group.WORLD
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    by_another = {"RANK", "MASTER_ADDR"} <= {*os.environ} and not launched_by_mpi
+    by_another = {"RANK", "MASTER_ADDR"} <= {*os.environ} and not ranks_of_mpi
     if (by_torchrun or by_another) and os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError(
             "torch.distributed must be initialized, by init_process_group(), before "
@@ -98,6 +109,7 @@ class ProcessGroupCommunicator:
         self.rank: int = group.rank()
         self.size: int = group.size()
         self._gloo: Any = None  # of a duplicate
+        self._meeting: _Meeting | None = None  # of the last duplicate
         self._under_way: list[Any] = []
         self._kept: deque[Any] = deque(maxlen=_KEPT)
 
@@ -112,19 +124,21 @@ class ProcessGroupCommunicator:
         Not by new_group: names of its groups count all of this process, and ranks may
         have made different ones.
         """
-        names = self.attributes.setdefault("hvd_sparse duplicates", itertools.count())
         duplicate = copy.copy(self)
         duplicate._under_way, duplicate._kept = [], deque(maxlen=_KEPT)
-        meeting = _Meeting(duplicate, f"hvd_sparse/{next(names)}")
-        return duplicate, meeting.is_over
+        self._meeting = _Meeting(duplicate)
+        return duplicate, self._meeting.is_over
 
-    def connect(self, name: str) -> None:
+    def connect(self) -> None:
         """Waits for all ranks to come."""
         dist = _distributed()
         _, store = dist.distributed_c10d._world.pg_map[self._group]
-        self._gloo = dist.ProcessGroupGloo(
-            dist.PrefixStore(name, store), self.rank, self.size, self._timeout()
-        )
+        # a name that no earlier group of this store had, also before another
+        # init_process_group: addresses of those are still in there
+        number = store.add(f"hvd_sparse/{self.rank}", 1)
+        store = dist.PrefixStore(f"hvd_sparse/{number}", store)
+        timeout = self._timeout()
+        self._gloo = dist.ProcessGroupGloo(store, self.rank, self.size, timeout)
 
     def _timeout(self) -> timedelta:
         own = timedelta(seconds=min(self._timeout_s, 1e6) + _LATER_S)
@@ -207,20 +221,24 @@ class ProcessGroupCommunicator:
     def abort(self, held: object) -> None:
         """Gloo's own timeout ends what is under way."""
         failure.keep_for_ever(held)
+        if self._meeting is not None:
+            atexit.register(self._meeting.leave)
 
 
 class _Meeting:
     """Ranks that connect, in a thread: it may wait for one that does not come."""
 
-    def __init__(self, comm: ProcessGroupCommunicator, name: str) -> None:
-        self._comm, self._name = comm, name
+    def __init__(self, comm: ProcessGroupCommunicator) -> None:
+        self._comm = comm
         self._error: RuntimeError | None = None
-        self._thread = threading.Thread(target=self._connect, name=name, daemon=True)
+        self._thread = threading.Thread(
+            target=self._connect, name="hvd_sparse meeting", daemon=True
+        )
         self._thread.start()
 
     def _connect(self) -> None:
         try:
-            self._comm.connect(self._name)
+            self._comm.connect()
         except RuntimeError as error:
             self._error = error
 
@@ -231,6 +249,13 @@ class _Meeting:
         if self._error is not None:
             raise _lost(self._error) from self._error
         return True
+
+    def leave(self) -> None:
+        """At exit: the thread must not come back to an interpreter that has ended."""
+        self._thread.join(_LATER_S + 1)
+        if self._thread.is_alive():
+            flush_output()
+            os._exit(1)
 
 
 def _slice_of(counts: Sequence[int], starts: Sequence[int], rank: int) -> slice:

@@ -336,6 +336,117 @@ def test_names_are_those_of_the_model(of):
     assert set(residuals(state)) == names
 
 
+def test_names_that_end_alike_are_of_several_parameters():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.Linear(8, 8, bias=False)
+            self.weight = nn.Parameter(torch.ones(8, 8))
+
+        def forward(self, x):
+            return self.module(x @ self.weight)
+
+    torch.manual_seed(0)
+    model = DistributedDataParallel(Both())
+    state = sparse.register(model, sparse.TopK(density=0.1), dense=sparse.Never())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model(torch.full((2, 8), RANKS.rank + 1.0)).sum().backward()
+    optimizer.step()
+    assert set(residuals(state)) == {"module.weight", "weight"}
+    assert agree(model)
+
+
+def test_names_that_are_not_unique_are_refused():
+    pairs = [("a", torch.zeros(1)), ("a", torch.zeros(1))]
+    with pytest.raises(ValueError, match=r"must have unique names, a is twice$"):
+        sparse.SparseState(sparse.TopK(density=0.1), named_parameters=pairs)
+
+
+class Kinds(nn.Module):
+    """Of a dtype each, or sparse: in its first step, DDP has a bucket for each kind."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rows = nn.Embedding(30, 4, sparse=kind == "sparse")
+        self.out = nn.Linear(4, 3)
+        if kind == "dtypes":
+            self.out.double()
+
+    def forward(self, words):
+        rows = self.rows(words)
+        return self.out(rows.to(self.out.weight.dtype))
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("kind", ["dtypes", "sparse"])
+def test_parameters_of_several_kinds(kind, static):
+    model = DistributedDataParallel(Kinds(kind), static_graph=static)
+    state = sparse.register(model, sparse.TopK(density=0.1), dense=sparse.Never())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for step in range(4):
+        generator = torch.Generator().manual_seed(10 * step + RANKS.rank)
+        optimizer.zero_grad()
+        model(torch.randint(30, (5,), generator=generator)).square().sum().backward()
+        optimizer.step()
+    assert state.traffic.steps == 4
+    assert agree(model)
+
+
+def test_an_overflow_in_rows_alone_loses_nothing():
+    model = DistributedDataParallel(Kinds("sparse"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    state = sparse.register(
+        model, sparse.TopK(density=0.2), dense=sparse.Never(), scaler=scaler
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    words = torch.arange(5)
+
+    def step(factor):
+        optimizer.zero_grad()
+        loss = (model(words) * 2).sum() + model.module.rows(words).sum() * factor
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    def unscaled():
+        [own] = state.state_dict().values()
+        return own["tensors"]["out.weight"]["residual"] / own["loss_scale"]
+
+    step(1.0)
+    before = unscaled()
+    weights_before = weights(model)
+    step(float("inf") if RANKS.rank == LAST else 1.0)
+    np.testing.assert_array_equal(weights(model), weights_before)
+    gradient = model.module.rows(words).detach().sum(0).expand(3, 4) * 2
+    np.testing.assert_allclose(unscaled(), before + gradient, 1e-5, 1e-6)
+
+
+def test_a_copy_for_averages_of_weights_needs_no_ranks():
+    model = model_of()
+    scaler = torch.amp.GradScaler("cpu")
+    sparse.register(model, sparse.TopK(density=0.1), scaler=scaler)
+    train(model, 1)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    train(model, 1, first=1)
+    assert agree(model)
+
+
+@several
+def test_a_wrong_state_on_one_rank_is_told_to_all():
+    model = model_of()
+    state = sparse.SparseState(sparse.TopK(density=0.1))
+    model.register_comm_hook(state, sparse.sparse_hook)
+    if RANKS.rank == LAST:
+        state.load_state_dict({"rank 17": {}})
+    kind = ValueError if RANKS.rank == LAST else ExchangeError
+    with pytest.raises(
+        kind, match=rf"state must be that of rank {LAST} in DDP, got ra"
+    ):
+        train(model, 1)
+
+
 def test_a_restart_continues_bitwise():
     def made():
         model = model_of()
@@ -368,7 +479,7 @@ def test_a_state_of_another_rank_is_refused():
     state = sparse.register(model, sparse.TopK(density=0.05))
     train(model, 1)
     others = RANKS.allgather(state.state_dict())[(RANKS.rank + 1) % RANKS.size]
-    with pytest.raises(ValueError, match=rf"must be of rank {RANKS.rank}, got that of"):
+    with pytest.raises(ValueError, match=rf"must be that of rank {RANKS.rank} in DDP"):
         state.load_state_dict(others)
 
 

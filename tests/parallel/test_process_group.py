@@ -103,6 +103,26 @@ def test_ranks_with_other_numbers_of_groups_find_each_other(world):
     trained(world, sparse.TopK(density=0.1), steps=2)
 
 
+def test_another_initialization_finds_the_same_ranks(world):
+    """In its store are addresses of the first."""
+    group = dist.new_group(list(range(RANKS.size)))
+    first = trained(group, sparse.TopK(density=0.1), steps=2)
+    _, store = dist.distributed_c10d._world.pg_map[group]
+    again = dist.distributed_c10d._world.pg_map
+    other = dist.new_group(list(range(RANKS.size)))
+    again[other] = (again[other][0], store)  # as where names begin anew
+    np.testing.assert_array_equal(trained(other, sparse.TopK(0.1), steps=2), first)
+
+
+@pytest.mark.skipif(RANKS.size == 1, reason="needs mpirun -np 2 or more")
+def test_fewer_ranks_than_were_started_do_not_train_alone(monkeypatch, world):
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 1)
+    with pytest.raises(
+        ValueError, match=rf"has 1 ranks, but {RANKS.size} were started"
+    ):
+        communicator_of(None)
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux")
 def test_an_exchange_that_is_closed_leaves_no_thread_and_no_socket(world):
     def opened():

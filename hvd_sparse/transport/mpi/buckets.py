@@ -102,8 +102,9 @@ class BucketsExchange(MpiExchange):
                 return
             try:
                 travel()
-            except BaseException:
+            except BaseException as error:
                 self._failed = True
+                super(BucketsExchange, self).interrupt(str(error))  # what still goes on
                 raise
 
         self._travels.append(self._thread.submit(unless_failed))
@@ -118,12 +119,15 @@ class BucketsExchange(MpiExchange):
                 buckets stayed here, on every rank.
             BaseException: what this rank raised in place of a bucket.
         """
-        travels, self._travels = self._travels, []
-        errors = [travel.exception() for travel in travels]
-        self._failed = False
-        for error in errors:
-            if error is not None:
-                raise error
+        try:
+            errors = [travel.exception() for travel in self._travels]
+        except BaseException as error:  # a second Ctrl-C
+            self.interrupt(f"{type(error).__name__} in the middle of a step")
+            raise
+        self._travels, self._failed = [], False
+        for failed in errors:
+            if failed is not None:
+                raise failed
 
     def _of(self, handle: Handle) -> Buffers:
         return self._filled[handle.bucket]
@@ -155,9 +159,19 @@ class BucketsExchange(MpiExchange):
 
     # ------------------------------------------------------- when something is wrong
 
+    def interrupt(self, reason: str) -> None:
+        """As of `MpiExchange`; the thread leaves it soon."""
+        if self._is_travelling and not self._refusal:
+            self._failed, self._refusal = True, reason
+            self._comm.abort(vars(self).copy())
+
+    @property
+    def _is_travelling(self) -> bool:
+        return not all(travel.done() for travel in self._travels)
+
     def reporting(self, error: BaseException) -> Iterator[None]:
         """As of `MpiExchange`, once what is under way has come to its end."""
-        while not all(travel.done() for travel in self._travels):
+        while self._is_travelling:
             yield
         if not self._failed:  # or the peers know already
             yield from self._telling(error)

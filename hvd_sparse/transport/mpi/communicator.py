@@ -22,6 +22,7 @@ Array = npt.NDArray[Any]
 
 _SPIN_S = 0.5  # poll without sleeping this long: peers are usually close behind
 _LOCK = threading.Lock()
+_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE")
 
 # Open MPI 4 from PyPI aborts a process that was not started by mpirun, unless it is
@@ -47,8 +48,7 @@ def communicator_of(comm: Any, timeout_s: float = math.inf) -> Communicator:
     if isinstance(comm, Communicator) and not isinstance(comm, type):
         return comm
     if comm is None:
-        by_mpi = any(name in os.environ for name in LAUNCHER_VARIABLES)
-        comm = process_group.all_ranks(by_mpi)
+        comm = process_group.all_ranks(_started_ranks())
     if process_group.is_process_group(comm):
         return process_group.ProcessGroupCommunicator(comm, timeout_s)
     mpi = _mpi()
@@ -61,6 +61,13 @@ def communicator_of(comm: Any, timeout_s: float = math.inf) -> Communicator:
             "comm.Merge() makes one of it"
         )
     return MpiCommunicator(comm)
+
+
+def _started_ranks() -> int:
+    """By mpirun or another launcher of MPI; 1 where it does not say, 0 without one."""
+    sizes = (os.environ.get(name, "") for name in _SIZE_VARIABLES)
+    found = next((int(size) for size in sizes if size.isdigit()), 1)
+    return found if any(name in os.environ for name in LAUNCHER_VARIABLES) else 0
 
 
 def _mpi() -> Any:

@@ -188,6 +188,8 @@ class MpiExchange:
     # ------------------------------------------------------- when something is wrong
 
     def _pause_or_give_up(self) -> None:
+        if self._refusal:  # another thread has left it
+            raise ExchangeError(self._refusal)
         try:
             who = f"{self._what}: step {self.step}: rank {self.rank}"
             waited = self._deadline.check(who)
