@@ -69,7 +69,7 @@ OWN = {  # per test, what it reaches in the module that it is the test of
     "test_doctor.py": {"_predictions"},
     "test_frame.py": {"_layouts"},
     "test_kernels.py": {"_pool", "_LOCAL_SIZE_VARIABLES"},
-    "test_process_group.py": {"_world"},  # of torch.distributed: where groups meet
+    "test_torch_process_group.py": {"_world"},  # where groups meet
 }
 
 MOST_LINES = 450  # of a file
