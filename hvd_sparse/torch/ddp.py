@@ -12,6 +12,7 @@ of them; `reducer` has what happens then.
 import gc
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from hvd_sparse.core.contracts import Average, Exchange, Format, Sparsifier
+from hvd_sparse.core.contracts import Average, Format, Sparsifier
 from hvd_sparse.core.indices import Indices
 from hvd_sparse.core.interrupts import Uninterrupted
 from hvd_sparse.core.loss_scale import scale_of
@@ -80,14 +81,17 @@ class SparseState:
         """
         if start_iter < 0:
             raise ValueError(f"start_iter must be at least 0, got {start_iter}")
-        self._path_given: dict[str, Any] = {
-            "sparsifier": sparsifier,
-            "op": op,
-            "dense": dense,
-            "values": values,
-            "indices": indices,
-        }
         self._loss_scale = scale_of(scaler)
+        self._path_of = partial(
+            GradientPath,
+            sparsifier,
+            op=op,
+            dense=dense,
+            values=values,
+            indices=indices,
+            loss_scale=self._loss_scale,
+        )
+        self._op = op
         self._names = (
             None if named_parameters is None else _given_names(named_parameters)
         )
@@ -95,7 +99,9 @@ class SparseState:
         self._start_iter = start_iter
         self._timeout_s = timeout_s
         self._steps = 0  # complete
-        self._count = self._missing = -1  # parameters that DDP gives in a step
+        # parameters that are still to come in the first step of a static_graph, of
+        # which DDP calls no bucket the last; below 0 in all other steps
+        self._missing = -1
         self._waiting: dict[str, Any] = {}  # a state, loaded before ranks have met
         self._reducer: Reducer | None = None
 
@@ -111,9 +117,8 @@ class SparseState:
             else:
                 future = reducer.send(bucket)
             self._missing -= len(bucket.parameters())
-            # in its first step, DDP with static_graph calls no bucket the last
             if bucket.is_last() or self._missing == 0:
-                self._missing = self._count
+                self._missing = -1
                 reducer.receive()
                 self._steps += 1
             return future
@@ -125,7 +130,7 @@ class SparseState:
 
     def _all_reduce(self, bucket: Any) -> Any:
         """DDP's own average; or the sum."""
-        if self._path_given["op"] == Average:
+        if self._op == Average:
             averaged: Any = allreduce_hook
             return averaged(self._group, bucket)
         work = dist.all_reduce(bucket.buffer(), group=self._group, async_op=True)
@@ -145,7 +150,8 @@ class SparseState:
             )
         self._names = self._names or _names(model.module.named_parameters())
         self._group = self._group or model.process_group
-        self._missing = self._count = _count(model, self._names)
+        if model is None or model.static_graph:
+            self._missing = _count(model, self._names)
         finds_unused = model is not None and (
             model.find_unused_parameters or model.static_graph
         )
@@ -163,11 +169,6 @@ class SparseState:
             raise
         self._reducer, self._waiting = reducer, {}
         return reducer
-
-    def _path_of(self, exchange: Exchange) -> GradientPath:
-        given = dict(self._path_given)
-        sparsifier = given.pop("sparsifier")
-        return GradientPath(sparsifier, exchange, loss_scale=self._loss_scale, **given)
 
     @property
     def traffic(self) -> Traffic:
@@ -277,8 +278,8 @@ def _given_names(parameters: Iterable[tuple[str, Tensor]]) -> dict[Tensor, str]:
 
 def _count(model: Any, names: Mapping[Tensor, str]) -> int:
     """Parameters that the buckets of a step have together."""
-    of_ddp = getattr(model, "_module_parameters", None)
-    return len(of_ddp or [p for p in names if p.requires_grad])
+    of_ddp = getattr(model, "_module_parameters", names)  # without those to ignore
+    return sum(parameter.requires_grad for parameter in of_ddp)
 
 
 def _model_of(state: SparseState) -> Any:

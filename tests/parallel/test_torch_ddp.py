@@ -370,6 +370,7 @@ class Kinds(nn.Module):
         torch.manual_seed(0)
         self.rows = nn.Embedding(30, 4, sparse=kind == "sparse")
         self.out = nn.Linear(4, 3)
+        self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
         if kind == "dtypes":
             self.out.double()
 
