@@ -103,6 +103,17 @@ def test_under_ddp_what_goes_wrong_in_a_step_is_an_error(
     assert "terminate called" not in job.errors
 
 
+def test_under_ddp_a_rank_that_raises_does_not_wait_for_its_peers_to_leave(
+    tmp_path: Path,
+) -> None:
+    """Of which one is stopped; a bucket is on its way, for the 60 s of the deadline."""
+    store = str(tmp_path / "store")
+    job = launch_without("ddp_faults.py", "leave", store, ranks=2, timeout_s=START_S)
+    assert job.code != 0
+    assert "ZeroDivisionError: in the backward pass" in job.errors
+    assert "terminate called" not in job.errors
+
+
 STEP = """
 import sys, tempfile, torch, torch.distributed as dist
 import hvd_sparse.torch as sparse

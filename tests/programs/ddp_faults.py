@@ -1,4 +1,4 @@
-"""Rank 1 does something wrong in a step of DDP; run by tests/test_process_group.py.
+"""A rank does something wrong in a step of DDP; run by tests/test_process_group.py.
 
 RANK=0 WORLD_SIZE=2 python tests/programs/ddp_faults.py FAULT STORE    # and so on
 
@@ -44,7 +44,7 @@ class Faulty(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        if rank == 1 and step == 2:
+        if rank == (fault != "leave") and step == 2:
             go_wrong()
         return gradient
 
@@ -54,7 +54,7 @@ def go_wrong():
         os.kill(os.getpid(), signal.SIGSTOP)
     elif fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    elif fault == "raise":
+    elif fault in ("raise", "leave"):
         raise ZeroDivisionError("in the backward pass")
 
 
@@ -84,11 +84,13 @@ state = sparse.register(
     model,
     chosen(density=density),
     dense=sparse.Never(),
-    timeout_s=60 if fault == "group" else 5,
+    timeout_s=60 if fault in ("group", "leave") else 5,
 )
 for step in range(3):  # DDP itself communicates before the second
     if fault == "absent" and rank == 1 and step == 2:
         sys.exit(0)
+    if fault == "leave" and rank == 1 and step == 2:
+        os.kill(os.getpid(), signal.SIGSTOP)
     loss = model(torch.ones(2, 1)).square().sum()
     try:
         loss.backward()
